@@ -1,0 +1,137 @@
+"""The one output sink: results to stdout, talk to stderr, errors to a sentence and an exit code.
+
+Nothing that came from a file or a stranger reaches the terminal unless it went through `printable`.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from lora_merge.errors import LoraMergeError, RefusedError
+
+SCHEMA_VERSION = 1
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was made.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, print the traceback.")]
+
+
+def printable(text: object) -> str:
+    """`text` with every control and formatting character shown as an escape, so that it cannot drive a terminal."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in str(text)
+    )
+
+
+def plain(text: object) -> Text:
+    """A rich text that is neither markup nor a control sequence, whatever `text` holds."""
+    return Text(printable(text))
+
+
+@dataclass
+class Output:
+    """Where one command's words go. Built from ``--json``, ``--quiet`` and ``--debug``."""
+
+    as_json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        # Off a terminal rich would wrap tables at 80 columns; a pipe has no width, so give it a wide one.
+        width = None if sys.stdout.isatty() else 160
+        self._stdout = Console(width=width, highlight=False)
+        self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def result(
+        self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None
+    ) -> None:
+        """Print the command's result: `data` under ``--json``, `made` alone under ``-q``, else what `show` draws."""
+        if self.as_json:
+            print(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False))
+        elif self.quiet:
+            print(printable(made))
+        elif show is not None:
+            self._stdout.print(show())
+
+    def say(self, text: object = "") -> None:
+        """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
+        if not (self.quiet or self.as_json):
+            self._stderr.print(plain(text))
+
+    def warn(self, text: object) -> None:
+        """A warning, to stderr, in every mode."""
+        self._stderr.print(Text("warning: ", style="yellow") + plain(text))
+
+    @contextmanager
+    def progress(self, what: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
+        """A bar on stderr with rate and time left, and nothing off a terminal; yields ``advance(steps)``."""
+        if self.quiet or self.as_json or not self._stderr.is_terminal:
+            yield lambda steps: None
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._stderr, transient=True) as bar:
+            task = bar.add_task(printable(what), total=total)
+            yield lambda steps: bar.advance(task, steps)
+
+    @contextmanager
+    def reporting(self, resume: str = "") -> Iterator[None]:
+        """Turn what a command raises into a sentence and its documented exit code.
+
+        `resume` is what to say after Ctrl-C: the command that goes on from here.
+        """
+        try:
+            yield
+        except LoraMergeError as error:
+            self._fail(error.exit_code, error.message, error.hint, error)
+        except KeyboardInterrupt as error:
+            self._fail(130, "Interrupted; nothing half-written was left.", resume, error)
+        except OSError as error:
+            self._fail(7, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "", error)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            hint = "This is a bug of lora-merge: please report it with what --debug prints."
+            self._fail(1, f"{type(error).__name__}: {error}", hint, error)
+
+    def usage_error(self, message: str) -> None:
+        """Say that the command line itself is wrong."""
+        self._stderr.print(Text("error: ", style="bold red") + plain(message))
+        self._stderr.print(Text("hint: ", style="cyan") + plain("lora-merge --help"))
+
+    def _fail(self, code: int, message: str, hint: str, error: BaseException) -> None:
+        if self.debug:
+            self._stderr.print(plain("".join(traceback.format_exception(error))))
+        if self.as_json:
+            record: dict[str, Any] = {"code": code, "message": message, "hint": hint}
+            if isinstance(error, RefusedError):
+                record["problems"] = [vars(problem) for problem in error.problems]
+            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
+        else:
+            self._stderr.print(Text("error: ", style="bold red") + plain(message))
+            if hint:
+                self._stderr.print(Text("hint: ", style="cyan") + plain(hint))
+        raise typer.Exit(code)

@@ -1,0 +1,87 @@
+"""Every error that lora-merge raises on purpose, and the exit code that each one means.
+
+LoraMergeError              1  a bug of ours, when raised bare
+├── UsageError              2  the command or its configuration is wrong
+│   └── MissingBaseError    2  the answer needs tensors of the base model, and they are not at hand
+├── RefusedError            3  an input was read and refused; carries every problem of every client
+├── NotFoundError           4  nothing there, or no access to it
+├── NetworkError            5  the network failed; trying again may help
+└── StorageError            7  the disk or the local file system failed
+
+An error says what is wrong, in whose input, and (in ``hint``) what to do next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class LoraMergeError(Exception):
+    """The root. ``message`` says what and who; ``hint`` says what to do next, or is empty."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(LoraMergeError):
+    """The command or its configuration is wrong; no input was judged."""
+
+    exit_code = 2
+
+
+class MissingBaseError(UsageError):
+    """The exact answer needs base tensors that were not found. ``tensors`` names them."""
+
+    def __init__(self, tensors: Sequence[str], *, why: str) -> None:
+        shown = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
+        super().__init__(
+            f"{why}: needs {shown} of the base model.",
+            hint="Give the base model with --base FOLDER (or its repository id, if it is in the local cache).",
+        )
+        self.tensors = tuple(tensors)
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One reason to refuse one client: ``client`` and ``field`` say where, ``reason`` says why."""
+
+    client: str
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.client}: {self.field}: {self.reason}"
+
+
+class RefusedError(LoraMergeError):
+    """One or more inputs were refused. ``problems`` holds all of them, sorted."""
+
+    exit_code = 3
+
+    def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
+        self.problems = tuple(sorted(set(problems)))
+        clients = len({problem.client for problem in self.problems})
+        count = len(self.problems)
+        lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}; nothing was written."
+        super().__init__("\n".join([lead, *(f"  {problem}" for problem in self.problems)]), hint=hint)
+
+
+class NotFoundError(LoraMergeError):
+    """Nothing is there, or it may not be read."""
+
+    exit_code = 4
+
+
+class NetworkError(LoraMergeError):
+    """The network failed; the same command may work later."""
+
+    exit_code = 5
+
+
+class StorageError(LoraMergeError):
+    """The local disk or file system failed."""
+
+    exit_code = 7
