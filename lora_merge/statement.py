@@ -77,9 +77,7 @@ class Statement:
 
     def to_json(self) -> str:
         """The file's text: keys in the order above, ending in a newline."""
-        return (
-            json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
-        )
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, data: object) -> "Statement":

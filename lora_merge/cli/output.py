@@ -35,8 +35,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, print t
 def printable(text: object) -> str:
     """`text` with every control and formatting character shown as an escape, so that it cannot drive a terminal."""
     return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode()
-        for char in str(text)
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
     )
 
 
@@ -59,9 +58,7 @@ class Output:
         self._stdout = Console(width=width, highlight=False)
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def result(
-        self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None
-    ) -> None:
+    def result(self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None) -> None:
         """Print the command's result: `data` under ``--json``, `made` alone under ``-q``, else what `show` draws."""
         if self.as_json:
             print(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False))
