@@ -1,0 +1,1 @@
+"""PEFT folders: strict reading into lazy adapters, streamed writing, atomic folders."""

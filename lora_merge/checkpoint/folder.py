@@ -1,0 +1,111 @@
+"""A folder that appears whole or not at all: written beside, flushed, renamed."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_merge.errors import StorageError, UsageError
+
+
+@contextmanager
+def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `output`; when the block ends well, flush it and rename it to `output`.
+
+    When the block raises, the folder is removed and `output` is as it was. What a killed run left beside `output`
+    is removed first; a folder that another live run is writing is left alone.
+
+    Args:
+        output: the final path. Its parents are made.
+        force: replace what is at `output`; without it, anything there but an empty folder is an error.
+
+    Raises:
+        UsageError: `output` exists and `force` is false.
+        StorageError: the disk is full or not writable.
+    """
+    output = Path(os.path.abspath(output))
+    check_free(output, force=force)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output)
+        work = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+    except OSError as error:
+        raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how the next run tells a leftover
+        os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes a private folder, the result is an ordinary one
+        yield work
+        _flush(work)
+        _replace(output, work)
+    except OSError as error:
+        raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def check_free(output: Path, *, force: bool = False) -> None:
+    """Raise `UsageError` where writing `output` would overwrite something and `force` is false."""
+    if force or not os.path.lexists(output):
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise UsageError(f"{output} exists already.", hint="Choose another --output, or replace it with --force.")
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove the work folders that killed runs left beside `output`."""
+    for leftover in output.parent.glob(_prefix(output) + "*"):
+        try:
+            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+        except BlockingIOError:
+            pass  # a live run's
+        finally:
+            os.close(lock)
+
+
+def _prefix(output: Path) -> str:
+    return f".{output.name}.partial-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(folder: Path) -> None:
+    """fsync every file and folder under `folder`: after the rename a power cut must not leave empty files."""
+    for root, _, files in os.walk(folder):
+        for path in (*(os.path.join(root, name) for name in files), root):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _replace(output: Path, work: Path) -> None:
+    """Rename `work` to `output`; what was there is moved aside first and removed with the next leftovers."""
+    if output.is_symlink() or output.is_file():
+        output.unlink()
+    elif output.is_dir() and any(output.iterdir()):
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        os.rename(output, aside / "replaced")
+        os.rename(work, output)
+        shutil.rmtree(aside, ignore_errors=True)
+    if work.exists():
+        os.rename(work, output)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
