@@ -1,0 +1,128 @@
+"""The slow twin: the exact mean of whole models, through PEFT's own forward pass and in fp64.
+
+Nothing here is shared with the package: a client is what PEFT makes of its folder, a merge is judged by what PEFT makes
+of the result's folder.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.adapters import Kind
+from tests.models import logits
+
+
+def base_model(kind: Kind) -> nn.Module:
+    """The kind's base in fp64."""
+    model = kind.build().double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no fp64
+    return model
+
+
+def loaded(kind: Kind, folder: Path) -> Any:
+    """The base with the adapter of `folder`, as `PeftModel.from_pretrained` gives it.
+
+    PEFT only warns of a tensor that its config expects and the file lacks, and says nothing of a tensor it did not
+    expect; here both are failures.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = load_file(folder / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on grouped convolutions, tied embeddings and its own deprecations
+        warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+        model = PeftModel.from_pretrained(base_model(kind), str(folder)).eval()
+        whole_embeddings = any(name.endswith("base_layer.weight") for name in file)
+        taken = get_peft_model_state_dict(model, save_embedding_layers=whole_embeddings)
+    assert set(taken) >= set(file), f"PEFT ignored {sorted(set(file) - set(taken))}"
+    return model
+
+
+def mean_model(kind: Kind, folders: Sequence[Path], weights: Sequence[float], global_lr: float = 1.0) -> nn.Module:
+    """W0 + global_lr * sum p_i (W_i - W0) as a dense model, from PEFT's view of each client."""
+    peft_models = [loaded(kind, folder) for folder in folders]
+    scaled = [global_lr * weight for weight in weights]
+    return mean_of_layers(kind, peft_models, scaled) if kind.by_layer else mean_of_weights(kind, peft_models, scaled)
+
+
+def mean_of_weights(kind: Kind, peft_models: Sequence[Any], scaled: Sequence[float]) -> nn.Module:
+    """The mean of the models with their adapters merged into their weights."""
+    model = untied(base_model(kind))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    total = {name: tensor.clone() for name, tensor in start.items()}
+    for peft_model, weight in zip(peft_models, scaled, strict=True):
+        for name, tensor in merged_weights(peft_model).items():
+            total[name] += weight * (tensor - start[name])
+    model.load_state_dict(total)
+    return model
+
+
+def merged_weights(peft_model: Any) -> dict[str, Tensor]:
+    """The tensors of the model with its adapter merged into them by PEFT."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says that a tied head no longer is
+        return dict(peft_model.merge_and_unload().state_dict())
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """`model` with a head of its own where it shared its embedding's weights."""
+    head = getattr(model, "lm_head", None)
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    return model
+
+
+class MeanLayer(nn.Module):
+    """f(x) + sum w_i (f_i(x) - f(x)): the mean of one layer over clients, for whatever is linear in its weights."""
+
+    def __init__(self, base: nn.Module, layers: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.base = base
+        self.layers = nn.ModuleList(layers)
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.base(x)
+        return start + sum(w * (layer(x) - start) for layer, w in zip(self.layers, self.weights, strict=True))
+
+
+def mean_of_layers(kind: Kind, peft_models: Sequence[Any], scaled: Sequence[float]) -> nn.Module:
+    """The base, where each adapted layer answers with the mean of the clients' layers; an absent one counts as base."""
+    from peft.tuners.lora import LoraLayer
+
+    model = untied(base_model(kind))
+    adapted: dict[str, list[tuple[nn.Module, float]]] = {}
+    for peft_model, weight in zip(peft_models, scaled, strict=True):
+        for name, layer in peft_model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer):
+                adapted.setdefault(name, []).append((layer, weight))
+    for name, entries in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        layer = MeanLayer(model.get_submodule(name), [e[0] for e in entries], [e[1] for e in entries])
+        setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+def error(kind: Kind, merged: Path, dense: nn.Module) -> float:
+    """How far the merged adapter's answers are from the dense model's, relative to what the update changed."""
+    wanted, start = logits(dense), logits(base_model(kind))
+    got = logits(loaded(kind, merged))
+    return relative(got - wanted, wanted - start)
+
+
+def relative(difference: Tensor, reference: Tensor) -> float:
+    """norm(difference) / norm(reference)."""
+    return float(difference.double().norm() / reference.double().norm())
+
+
+def delta_weights(kind: Kind, folder: Path) -> dict[str, Tensor]:
+    """W_i - W0 of every tensor that `folder` moves, by its name in the base."""
+    start = base_model(kind).state_dict()
+    moved = merged_weights(loaded(kind, folder))
+    return {name: moved[name] - start[name] for name in start if not torch.equal(moved[name], start[name])}
