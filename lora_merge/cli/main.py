@@ -6,6 +6,8 @@ import sys
 import typer
 
 from lora_merge.cli.output import SCHEMA_VERSION, Output
+from lora_merge.cli.recipes import recipes_app
+from lora_merge.cli.train import train
 
 app = typer.Typer(
     name="lora-merge",
@@ -14,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORA_MERGE"},
 )
+app.command()(train)
+app.add_typer(recipes_app, name="recipes")
 
 
 def main() -> None:

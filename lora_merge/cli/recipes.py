@@ -1,0 +1,77 @@
+"""`lora-merge recipes`: list, show and copy the shipped recipes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_merge.recipe import LoadedRecipe
+
+recipes_app = typer.Typer(help="The shipped recipes: what every client of a federation shares.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="A shipped recipe's name; or, to look at your own, a YAML path.")]
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False, debug: DebugOption = False) -> None:
+    """List the shipped recipes."""
+    out = Output(as_json, quiet, debug)
+    with out.reporting():
+        from lora_merge.recipe import load, shipped
+
+        recipes = [load(path.stem) for path in shipped()]
+        names = "\n".join(loaded.recipe.name for loaded in recipes)
+        out.result({"recipes": [_record(loaded) for loaded in recipes]}, made=names, show=lambda: _table(recipes))
+
+
+@recipes_app.command()
+def show(
+    name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = False, debug: DebugOption = False
+) -> None:
+    """Print a recipe with its comments."""
+    out = Output(as_json, quiet, debug)
+    with out.reporting():
+        from lora_merge.recipe import load
+
+        loaded = load(name)
+        text = loaded.path.read_text(encoding="utf-8").rstrip()
+        out.result(_record(loaded), made=loaded.digest, show=lambda: plain(f"{text}\n\n# digest {loaded.digest}"))
+
+
+@recipes_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="The folder to copy into.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Copy a recipe and its script, to read and to edit."""
+    out = Output(as_json, quiet, debug)
+    with out.reporting():
+        from lora_merge import recipe
+
+        files = [str(path) for path in recipe.copy(name, destination, force=force)]
+        out.result({"files": files}, made=files[0], show=lambda: plain("\n".join(files)))
+
+
+def _record(loaded: "LoadedRecipe") -> dict[str, Any]:
+    return {"name": loaded.recipe.name, "digest": loaded.digest, "settings": loaded.recipe.settings()}
+
+
+def _table(recipes: "list[LoadedRecipe]") -> "Table":
+    from rich.table import Table
+
+    table = Table("recipe", "base model", "r", "rate", "length", "runs", "digest", box=None)
+    for loaded in recipes:
+        recipe = loaded.recipe
+        runs = f"{recipe.epochs:g} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
+        cells = (recipe.name, recipe.base_model, recipe.r, f"{recipe.learning_rate:g}", recipe.max_length, runs)
+        table.add_row(*(plain(cell) for cell in cells), plain(loaded.digest[:12]))
+    return table

@@ -1,0 +1,124 @@
+"""`lora-merge train`: one client's fine-tuning."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+
+if TYPE_CHECKING:
+    from lora_merge.recipe import LoadedRecipe
+    from lora_merge.training.client import Trained
+    from lora_merge.training.job import Job, Step
+
+    Script = Callable[[LoadedRecipe, Job], Trained]
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
+    client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME.")],
+    output: Annotated[Path, typer.Option(help="The adapter folder to make.")],
+    base: Annotated[Path | None, typer.Option(help="A folder with the weights of the recipe's base model.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already there.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune one client's LoRA adapter by a recipe that the whole federation shares."""
+    out = Output(as_json, quiet, debug)
+    with out.reporting(resume="The same command with --resume goes on from the last checkpoint."):
+        from lora_merge.recipe import load
+        from lora_merge.training.job import Job
+
+        loaded = load(recipe, set_ or [])
+        script: Script = context.obj or _script(loaded)
+        _hush()
+        with _steps(out) as on_step:
+            trained = script(loaded, Job(data, client_id, output, base, device, resume, force, out.say, on_step))
+        out.result(_record(trained), made=str(trained.output), show=lambda: plain(_summary(trained)))
+
+
+def run_script(script: "Script") -> None:
+    """Run a recipe's script by itself, with the options of `lora-merge train`."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(train)
+    app(obj=script)
+
+
+def _script(loaded: "LoadedRecipe") -> "Script":
+    """The function `train` of the script that the recipe names."""
+    import runpy
+
+    from lora_merge.errors import UsageError
+    from lora_merge.recipe import script_of
+
+    path = script_of(loaded)
+    function = runpy.run_path(str(path)).get("train")
+    if not callable(function):
+        raise UsageError(f"{path} defines no function train(loaded, job).")
+    return function  # type: ignore[no-any-return]
+
+
+def _hush() -> None:
+    """Leave the terminal to us: no bars and no notes from the libraries below."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _steps(out: Output) -> Iterator[Callable[["Step"], None]]:
+    """A bar that opens at the first step, and a line now and then."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        state: dict[str, Any] = {"advance": None, "step": 0, "said": time.monotonic()}
+
+        def on_step(step: "Step") -> None:
+            if state["advance"] is None:
+                state["advance"] = stack.enter_context(out.progress("training", step.steps, "steps"))
+            state["advance"](step.step - state["step"])
+            state["step"] = step.step
+            if time.monotonic() - state["said"] > SECONDS_BETWEEN_LINES:
+                state["said"] = time.monotonic()
+                out.say(
+                    f"step {step.step} of {step.steps}, loss {step.loss:.3f}, "
+                    f"{step.tokens_per_second:.0f} tokens a second, {step.seconds_left:.0f} s left"
+                )
+
+        yield on_step
+
+
+def _record(trained: "Trained") -> dict[str, Any]:
+    fitted, statement = trained.fitted, trained.statement
+    return {
+        "output": str(trained.output),
+        "client_id": statement.client_id,
+        "num_examples": statement.num_examples,
+        "steps": fitted.steps,
+        "loss": {"first": fitted.loss_first, "last": fitted.loss_last},
+        "tokens": fitted.tokens,
+        "seconds": fitted.seconds,
+        "tokens_per_second": fitted.tokens_per_second,
+    }
+
+
+def _summary(trained: "Trained") -> str:
+    fitted, statement = trained.fitted, trained.statement
+    return (
+        f"{trained.output}: {statement.client_id}, {statement.num_examples} examples, {fitted.steps} steps, "
+        f"loss {fitted.loss_first:.3f} to {fitted.loss_last:.3f}, {fitted.tokens_per_second:.0f} tokens a second, "
+        f"{fitted.seconds:.0f} s"
+    )

@@ -1,0 +1,174 @@
+"""The base model of a recipe: find its folder and commit, hash its weights, load it, put LoRA on it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_merge.errors import NetworkError, NotFoundError, UsageError
+from lora_merge.recipe import ALL_LINEAR, Recipe
+from lora_merge.statement import BaseModel
+
+# The files that a tokenizer and a model are made of; weights in pickles are never fetched.
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A base model at hand: its folder, and the commit where it came from the Hub (else None)."""
+
+    repo: str
+    folder: Path
+    commit: str | None
+
+    def statement(self) -> BaseModel:
+        """What the client states of its base: repository, commit, and the sha256 of the weights."""
+        return BaseModel(self.repo, self.commit, weights_sha256(self.folder))
+
+
+def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) -> FoundBase:
+    """The recipe's base model: from `folder`, else from the Hub at the recipe's commit, else from the local cache.
+
+    Raises:
+        NotFoundError: no such folder, repository or commit.
+        NetworkError: it is not in the cache, and the Hub cannot be reached.
+        UsageError: the folder is not a model with safetensors weights.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise NotFoundError(f"--base {folder}: there is no such folder.")
+        found = FoundBase(recipe.base_model, folder, None)
+    else:
+        snapshot = _snapshot(recipe, tell)
+        found = FoundBase(recipe.base_model, snapshot, snapshot.name)
+    if not (found.folder / "config.json").is_file():
+        raise UsageError(f"{found.folder} holds no config.json: it is not a model.")
+    weight_files(found.folder)
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a model folder's weights, sorted: those of its index, or the only one.
+
+    Raises:
+        UsageError: there are none, or some are missing.
+    """
+    names = {"model.safetensors"}
+    if (folder / _INDEX).is_file():
+        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise UsageError(f"{folder}: the weights lack {', '.join(missing)[:200]}; only safetensors are read.")
+    return [folder / name for name in sorted(names)]
+
+
+def weights_sha256(folder: Path) -> str:
+    """One sha256 for a model folder's weights: of the lines `NAME SHA256`, one a file, sorted by name.
+
+    The files are those of `weight_files`, so a folder and the Hub's repository agree whatever else they hold.
+    """
+    lines = []
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_tokenizer(base: FoundBase) -> Any:
+    """The base model's tokenizer, padding on the right with its own padding token or its end token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_target_modules(base: FoundBase, recipe: Recipe) -> None:
+    """Refuse target modules that the base model does not have, before its weights are read.
+
+    Raises:
+        UsageError: names those that match nothing.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if recipe.target_modules == ALL_LINEAR:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder), local_files_only=True))
+    names = [name for name, _ in model.named_modules()]
+    missing = [
+        target
+        for target in recipe.target_modules
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if missing:
+        leaves = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "weight")})
+        raise UsageError(
+            f"target_modules {', '.join(missing)}: {base.repo} has no such module.",
+            hint=f"It has {', '.join(leaves)}; or use {ALL_LINEAR}.",
+        )
+
+
+def load_model(base: FoundBase, dtype: str) -> Any:
+    """The base model for causal language modelling, frozen, in `dtype` (`bf16` or `fp32`), on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base.folder), dtype=kind, use_safetensors=True, local_files_only=True
+    )
+    model.config.use_cache = False
+    return model
+
+
+def add_lora(model: Any, recipe: Recipe) -> Any:
+    """The model with the recipe's LoRA on it, in fp32, started from the shared seed."""
+    from peft import LoraConfig, get_peft_model
+
+    from lora_merge.training.lora_start import start_from_seed
+
+    targets = recipe.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    model = get_peft_model(model, config)
+    start_from_seed(model, recipe.seed_lora_A)
+    return model
+
+
+def _snapshot(recipe: Recipe, tell: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hint = "Give the weights from a folder: --base DIR"
+    where = f"{recipe.base_model}" + (f" at {recipe.base_commit}" if recipe.base_commit else "")
+    tell(f"Base model {where}")
+    try:
+        return Path(
+            snapshot_download(
+                recipe.base_model, revision=recipe.base_commit, allow_patterns=_WANTED, ignore_patterns=["*/*"]
+            )
+        )
+    except GatedRepoError as error:
+        raise NotFoundError(f"{where} asks for an agreement on its page first, or for a token.", hint=hint) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise NotFoundError(f"The Hub has no {where}, or it is private.", hint=hint) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise NetworkError(
+            f"{where} is not in the local cache, and the Hub cannot be reached: nothing to train on.", hint=hint
+        ) from error

@@ -1,0 +1,92 @@
+"""The end of a run: the adapter folder with the client's statement, written beside and renamed."""
+
+import json
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lora_merge import __version__
+from lora_merge.checkpoint.folder import atomic_folder
+from lora_merge.recipe import LoadedRecipe
+from lora_merge.statement import FILE_NAME, BaseModel, RecipeRef, Statement
+from lora_merge.training.fit import Fitted
+from lora_merge.training.job import Job
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished client: its folder, its statement, and what the run did."""
+
+    output: Path
+    statement: Statement
+    fitted: Fitted
+
+
+def write_client(
+    model: Any,
+    base: BaseModel,
+    num_examples: int,
+    fitted: Fitted,
+    loaded: LoadedRecipe,
+    job: Job,
+    started: datetime,
+) -> Trained:
+    """Write the client's adapter folder: `adapter_config.json`, `adapter_model.safetensors`, `lora_merge.json`.
+
+    The folder appears whole, by one rename, or not at all.
+    """
+    statement = Statement(
+        client_id=job.client_id,
+        base_model=base,
+        num_examples=num_examples,
+        recipe=RecipeRef(loaded.recipe.name, loaded.digest, dict(loaded.overrides)),
+        local_epochs=fitted.epochs,
+        steps=fitted.steps,
+        tokens=fitted.tokens,
+        seed_lora_A=loaded.recipe.seed_lora_A,
+        trained_at={"start": _second(started), "end": _second(datetime.now(UTC))},
+        versions=_versions(),
+    )
+    config = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
+    with atomic_folder(job.output, force=True) as folder:  # `check_job` has said that it may be replaced
+        _write_weights(model, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+        (folder / FILE_NAME).write_text(statement.to_json(), encoding="utf-8")
+    return Trained(job.output, statement, fitted)
+
+
+def _write_weights(model: Any, path: Path) -> None:
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _config(model: Any, base: BaseModel) -> dict[str, Any]:
+    """PEFT's own config, with the base's repository in place of the folder it was read from."""
+    config = dict(model.peft_config["default"].to_dict())
+    config |= {
+        "base_model_name_or_path": base.repo,
+        "revision": base.commit,
+        "inference_mode": True,
+        "target_modules": sorted(config["target_modules"]),
+        "peft_type": "LORA",
+    }
+    for never in ("auto_mapping", "megatron_core", "megatron_config"):
+        config.pop(never, None)
+    return config
+
+
+def _second(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"lora_merge": __version__, "python": platform.python_version(), **packages}
