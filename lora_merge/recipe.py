@@ -7,10 +7,8 @@ setting is an error, and all of them are reported at once. See `recipes/README.m
 import difflib
 import hashlib
 import json
-import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,7 @@ from typing import Any
 import yaml
 
 from lora_merge.errors import NotFoundError, UsageError
-
-ALL_LINEAR = "all-linear"
-PROMPT_FORMS = ("plain", "alpaca", "chat")
-SCHEDULES = ("linear", "cosine", "constant")
-DTYPES = ("bf16", "fp32")
+from lora_merge.recipe_form import CHECKS, read_yaml
 
 
 @dataclass(frozen=True)
@@ -36,14 +30,14 @@ class Recipe:
         base_commit: its commit; None is the newest (what was used is recorded).
         r, lora_alpha, lora_dropout, target_modules: the LoRA shape; `target_modules` may be "all-linear".
         seed_lora_A: the seed of the lora_A that all clients start from.
-        prompt_form: how a row becomes text: one of `PROMPT_FORMS`.
+        prompt_form: how a row becomes text: `plain`, `alpaca` or `chat`.
         max_length: tokens of a row, prompt and answer together; what is longer is cut at its end.
         epochs, steps: passes over the client's rows, or optimiser steps; exactly one of the two.
         learning_rate: the peak, reached at the first step.
-        schedule: how the learning rate goes down to the last step: one of `SCHEDULES`.
+        schedule: how the learning rate goes down to the last step: `linear` (to zero), `cosine` or `constant`.
         batch_size: rows of one optimiser step.
         micro_batch_size: rows held in memory at once; divides `batch_size`.
-        dtype: of the frozen weights and the arithmetic: one of `DTYPES`. LoRA weights are always fp32.
+        dtype: of the frozen weights and the arithmetic: `bf16` or `fp32`. LoRA weights are always fp32.
         seed: of dropout and, with the client id, of the order of the rows.
     """
 
@@ -129,7 +123,7 @@ def check(data: Mapping[str, Any], where: str) -> Recipe:
         if value is None and known[key].default is None:
             continue
         try:
-            values[key] = _CHECKS[key](value)
+            values[key] = CHECKS[key](value)
         except ValueError as error:
             problems.append(f"{key} {error}, is {str(value)[:60]!r}")
     problems = problems or _contradictions(values)
@@ -194,26 +188,9 @@ def copy(name: str, destination: Path, *, force: bool = False) -> list[Path]:
     return targets
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-3` is a number, and a key that comes twice is an error."""
-
-
-def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-        raise yaml.YAMLError(f"{', '.join(twice)} comes twice")
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -225,8 +202,10 @@ def _override(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise UsageError(f"--set {text}: must be KEY=VALUE.")
+    if key.strip() == "name":
+        raise UsageError("--set name: a recipe that should have another name is a file of its own.")
     try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
+        return key.strip(), read_yaml(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text}: the value is not YAML: {error}") from error
 
@@ -254,74 +233,3 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if values["batch_size"] % values["micro_batch_size"]:
         problems.append(f"micro_batch_size {values['micro_batch_size']} does not divide batch_size")
     return problems
-
-
-def _whole(low: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if type(value) is not int or not low <= value < 2**31:
-            raise ValueError(f"must be a whole number from {low} up")
-        return value
-
-    return read
-
-
-def _real(low: float, high: float, *, open_low: bool = True) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError("must be a number")
-        if not low <= value < high or (open_low and value == low):
-            raise ValueError(f"must be {'above' if open_low else 'from'} {low:g} and below {high:g}")
-        return float(value)
-
-    return read
-
-
-def _one_of(choices: Sequence[str]) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return str(value)
-
-    return read
-
-
-def _text(form: str, what: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(form, value):
-            raise ValueError(f"must be {what}")
-        return value
-
-    return read
-
-
-def _targets(value: Any) -> str | tuple[str, ...]:
-    if value == ALL_LINEAR:
-        return ALL_LINEAR
-    if not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"must be {ALL_LINEAR} or a list of module names")
-    if not all(isinstance(entry, str) and re.fullmatch(r"[A-Za-z0-9_.]{1,200}", entry) for entry in value):
-        raise ValueError("must hold module names of letters, digits, '_' and '.'")
-    return tuple(sorted(set(value)))
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "name": _text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", "a word of letters, digits, '.', '_' and '-'"),
-    "script": _text(r"[A-Za-z0-9_-]+\.py", "the bare name of a .py file"),
-    "base_model": _text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?", "a repository id"),
-    "base_commit": _text(r"[0-9a-f]{40}", "a whole commit of 40 hex digits (quoted), or null"),
-    "r": _whole(1),
-    "lora_alpha": _whole(1),
-    "lora_dropout": _real(0, 1, open_low=False),
-    "target_modules": _targets,
-    "seed_lora_A": _whole(0),
-    "prompt_form": _one_of(PROMPT_FORMS),
-    "max_length": _whole(2),
-    "learning_rate": _real(0, 1),
-    "schedule": _one_of(SCHEDULES),
-    "batch_size": _whole(1),
-    "micro_batch_size": _whole(1),
-    "dtype": _one_of(DTYPES),
-    "seed": _whole(0),
-    "epochs": _real(0, 1000),
-    "steps": _whole(1),
-}

@@ -10,7 +10,7 @@ every client of a federation has to run the same.
 from datetime import UTC, datetime
 
 from lora_merge.recipe import LoadedRecipe
-from lora_merge.training.base_model import add_lora, check_target_modules, find_base, load_model, load_tokenizer
+from lora_merge.training.base_model import add_lora, check_base, find_base, load_model, load_tokenizer
 from lora_merge.training.client import Trained, write_client
 from lora_merge.training.data import encode_rows, read_rows
 from lora_merge.training.fit import fit, pick_device, sound_dtype
@@ -21,18 +21,20 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
     """One client, from rows to an adapter folder."""
     recipe, started = loaded.recipe, datetime.now(UTC)
     check_job(job)
+    device = pick_device(job.device)
     rows = read_rows(job.data)
-    dtype = sound_dtype(recipe.dtype, pick_device(job.device))
     base = find_base(recipe, job.base, job.tell)
-    check_target_modules(base, recipe)
+    check_base(base, recipe)
+    stated = base.statement()
+    checkpoint = open_work(job, loaded, stated)
 
     tokenizer = load_tokenizer(base)
     examples = encode_rows(rows, tokenizer, recipe, job.tell)
-    model = add_lora(load_model(base, dtype), recipe)  # lora_A from the shared seed, lora_B zero
+    model = load_model(base, sound_dtype(recipe.dtype, device))
+    model = add_lora(model, recipe)  # lora_A from the shared seed, lora_B zero
+    fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, device, checkpoint)
 
-    checkpoint = open_work(job, loaded)
-    fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, checkpoint)
-    trained = write_client(model, base.statement(), len(examples), fitted, loaded, job, started)
+    trained = write_client(model, stated, len(examples), fitted, loaded, job, started)
     close_work(job)
     return trained
 

@@ -72,8 +72,11 @@ def _script(loaded: "LoadedRecipe") -> "Script":
 
 def _hush() -> None:
     """Leave the terminal to us: no bars and no notes from the libraries below."""
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate|torch)\b")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_merge.errors import NetworkError, NotFoundError, UsageError
-from lora_merge.recipe import ALL_LINEAR, Recipe
+from lora_merge.recipe import Recipe
+from lora_merge.recipe_form import ALL_LINEAR
 from lora_merge.statement import BaseModel
 
 # The files that a tokenizer and a model are made of; weights in pickles are never fetched.
@@ -76,37 +78,24 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_tokenizer(base: FoundBase) -> Any:
-    """The base model's tokenizer, padding on the right with its own padding token or its end token."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def check_target_modules(base: FoundBase, recipe: Recipe) -> None:
-    """Refuse target modules that the base model does not have, before its weights are read.
+def check_base(base: FoundBase, recipe: Recipe) -> None:
+    """Refuse a recipe that its base model cannot follow, before the weights are read.
 
     Raises:
-        UsageError: names those that match nothing.
+        UsageError: the model is of no known kind, reads fewer tokens, or lacks target modules.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    with _readable(base), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(base), trust_remote_code=False)
+    most = getattr(model.config, "max_position_embeddings", None) or recipe.max_length
+    if recipe.max_length > most:
+        raise UsageError(f"max_length {recipe.max_length}: {base.repo} reads at most {most} tokens.")
     if recipe.target_modules == ALL_LINEAR:
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(base.folder), local_files_only=True))
-    names = [name for name, _ in model.named_modules()]
-    missing = [
-        target
-        for target in recipe.target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
-    if missing:
+    names = {f".{name}" for name, _ in model.named_modules()}
+    if missing := [name for name in recipe.target_modules if not any(have.endswith(f".{name}") for have in names)]:
         leaves = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "weight")})
         raise UsageError(
             f"target_modules {', '.join(missing)}: {base.repo} has no such module.",
@@ -114,17 +103,50 @@ def check_target_modules(base: FoundBase, recipe: Recipe) -> None:
         )
 
 
+def load_tokenizer(base: FoundBase) -> Any:
+    """The base model's tokenizer, padding on the right with its own padding token or its end token."""
+    from transformers import AutoTokenizer
+
+    with _readable(base):
+        tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def load_model(base: FoundBase, dtype: str) -> Any:
     """The base model for causal language modelling, frozen, in `dtype` (`bf16` or `fp32`), on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base.folder), dtype=kind, use_safetensors=True, local_files_only=True
-    )
+    with _readable(base):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(base.folder),
+            config=_config(base),
+            dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     model.config.use_cache = False
     return model
+
+
+def _config(base: FoundBase) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(base.folder), local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _readable(base: FoundBase) -> Iterator[None]:
+    """Turn what transformers says of a folder that it cannot load into a sentence of ours."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(f"{base.folder} is not a causal language model that can be loaded: {first}") from error
 
 
 def add_lora(model: Any, recipe: Recipe) -> Any:

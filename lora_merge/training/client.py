@@ -41,7 +41,8 @@ def write_client(
     statement = Statement(
         client_id=job.client_id,
         base_model=base,
-        num_examples=num_examples,
+        # A run of few steps may not have come to every row; the client's weight counts those that it learnt from.
+        num_examples=min(num_examples, fitted.steps * loaded.recipe.batch_size),
         recipe=RecipeRef(loaded.recipe.name, loaded.digest, dict(loaded.overrides)),
         local_epochs=fitted.epochs,
         steps=fitted.steps,
@@ -61,11 +62,12 @@ def write_client(
 def _write_weights(model: Any, path: Path) -> None:
     import torch
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    # Not `save_file`, which makes the file readable for its owner only.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _config(model: Any, base: BaseModel) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def _config(model: Any, base: BaseModel) -> dict[str, Any]:
     }
     for never in ("auto_mapping", "megatron_core", "megatron_config"):
         config.pop(never, None)
-    return config
+    # Entries that say nothing are left out: an older PEFT would warn of those it does not know yet.
+    return {key: value for key, value in config.items() if value is not None and value != {}}
 
 
 def _second(moment: datetime) -> str:

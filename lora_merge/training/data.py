@@ -4,18 +4,16 @@ A row takes one of three forms: `prompt` and `completion`; `instruction`, `input
 `messages`, whose last one is the answer. Other entries of a row are ignored.
 """
 
-import gzip
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.recipe import Recipe
+from lora_merge.training.records import records
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 SHOWN_PROBLEMS = 20
 IGNORED = -100  # the label that the loss leaves out
 
@@ -72,17 +70,16 @@ def read_rows(path: str | Path) -> list[Row]:
         RefusedError: rows are wrong or empty, each named by its line number; or there is none at all.
         UsageError: the format needs `datasets`, which is not installed.
     """
-    rows, problems, last = [], [], 0
-    for number, record in _records(str(path)):
-        last = number
+    rows, problems = [], []
+    for where, record in records(str(path)):
         try:
             rows.append(row_of(record))
         except ValueError as error:
-            problems.append((number, str(error)))
+            problems.append((where, str(error)))
     if not rows and not problems:
-        problems.append((0, "no rows"))
+        problems.append(("the file", "holds no rows"))
     if problems:
-        raise _refused(Path(path).name, problems, len(str(last)))
+        raise _refused(Path(path).name, problems)
     return rows
 
 
@@ -213,73 +210,14 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{key} must be text, is {type(value).__name__}")
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} holds half a character (a lone surrogate)") from None
     return value or ""
 
 
-def _refused(name: str, problems: list[tuple[int, str]], width: int) -> RefusedError:
-    shown = [
-        Problem(name, f"line {number:>{width}}" if number else "the file", reason)
-        for number, reason in problems[:SHOWN_PROBLEMS]
-    ]
+def _refused(name: str, problems: list[tuple[str, str]]) -> RefusedError:
+    shown = [Problem(name, where, reason) for where, reason in problems[:SHOWN_PROBLEMS]]
     more = len(problems) - len(shown)
     return RefusedError(shown, hint=f"{more} more rows are wrong." if more else "")
-
-
-def _records(path: str) -> Iterator[tuple[int, object]]:
-    """Line (or row) number and parsed record; a record that cannot be parsed comes as its ValueError."""
-    if path.lower().endswith(JSON_SUFFIXES):
-        if not Path(path).is_file():
-            raise NotFoundError(f"There is no data file {path}.")
-        return _json_records(Path(path))
-    return _datasets_records(path)
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, object]]:
-    try:
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            text = file.read()
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise RefusedError([Problem(path.name, "the file", f"cannot be read: {error}")]) from error
-    if text.lstrip().startswith("["):
-        whole = _parsed(text)
-        yield from enumerate(whole if isinstance(whole, list) else [whole], start=1)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parsed(line)
-
-
-def _parsed(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        return ValueError(f"not JSON: {error}")
-    except RecursionError:
-        return ValueError("not JSON: nested too deeply")
-
-
-def _datasets_records(path: str) -> Iterator[tuple[int, object]]:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"{path} is not a JSON lines file ({', '.join(JSON_SUFFIXES[:2])}, also .gz), and `datasets` is not there.",
-            hint="pip install 'lora-merge[data]'",
-        ) from None
-    return enumerate(_load_dataset(datasets, path), start=1)
-
-
-def _load_dataset(datasets: Any, path: str) -> Any:
-    builders = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow"}
-    local = Path(path)
-    try:
-        if local.is_dir() and (local / "dataset_info.json").is_file():
-            return datasets.load_from_disk(path)
-        if local.exists() and local.suffix.lower() in builders:
-            return datasets.load_dataset(builders[local.suffix.lower()], data_files=path, split="train")
-        if not local.exists() and (local.suffix or path.count("/") > 1 or path.startswith((".", "/"))):
-            raise NotFoundError(f"There is no data file {path}.")
-        return datasets.load_dataset(path, split="train")
-    except (OSError, ValueError) as error:
-        raise NotFoundError(f"`datasets` cannot read {path}: {error}") from error

@@ -1,10 +1,11 @@
 """The optimisation itself: transformers' Trainer, told what the recipe says."""
 
 import hashlib
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,13 @@ class Fitted:
 
 
 def fit(
-    model: Any, examples: Sequence[Encoded], pad_token_id: int, recipe: Recipe, job: Job, checkpoint: Path | None
+    model: Any,
+    examples: Sequence[Encoded],
+    pad_token_id: int,
+    recipe: Recipe,
+    job: Job,
+    device: str,
+    checkpoint: Path | None,
 ) -> Fitted:
     """Train the LoRA weights of `model` in place: AdamW without weight decay, gradients clipped at norm 1.
 
@@ -43,26 +50,26 @@ def fit(
         model: a PEFT model.
         examples: the client's rows.
         pad_token_id: fills up shorter rows; no loss and no attention there.
+        device: as `pick_device` says.
         checkpoint: where to go on from, or None.
 
     Raises:
+        UsageError: the loss is no longer a number.
         KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written.
     """
-    clock = _Clock(job, checkpoint is None)
+    clock = _Clock(job)
     trainer = Trainer(
         model=model,
-        args=_arguments(recipe, job),
+        args=_arguments(recipe, job, device),
         train_dataset=_Rows(examples),
         data_collator=_Padding(pad_token_id),
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-    start = time.monotonic()
-    with _interrupts(clock):
+    with _interrupts(clock, job.tell):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if clock.interrupted:
         raise KeyboardInterrupt
-    seconds = time.monotonic() - start
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return Fitted(
@@ -71,7 +78,7 @@ def fit(
         tokens=int(state.num_input_tokens_seen),
         loss_first=losses[0],
         loss_last=losses[-1],
-        seconds=round(seconds, 3),
+        seconds=round(clock.seconds(), 3),
         tokens_per_second=round(clock.rate(state.num_input_tokens_seen), 1),
     )
 
@@ -87,18 +94,25 @@ def pick_device(name: str) -> str:
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
         raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps.")
-    if kind in ("auto", "cuda") and "LOCAL_RANK" not in os.environ:
-        visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
-        wanted = int(index or 0)
-        if visible and wanted >= len(visible):
-            raise UsageError(f"--device {name}: CUDA_VISIBLE_DEVICES shows {len(visible)} devices.")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[wanted] if visible else str(wanted)
+    if kind in ("auto", "cuda"):
+        _show_one_cuda_device(int(index or 0), name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise UsageError(f"--device {name}: torch finds no such device here.", hint="--device auto")
     if kind in ("auto", "cuda") and cuda:
         return "cuda"
     return "mps" if kind in ("auto", "mps") and mps else "cpu"
+
+
+def _show_one_cuda_device(index: int, name: str) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+        return
+    shown = [entry for entry in visible.split(",") if entry]
+    if index >= max(len(shown), 1):
+        raise UsageError(f"--device {name}: CUDA_VISIBLE_DEVICES={visible} shows {len(shown)} devices.")
+    os.environ["CUDA_VISIBLE_DEVICES"] = shown[index] if shown else ""
 
 
 def sound_dtype(dtype: str, device: str) -> str:
@@ -114,8 +128,7 @@ def client_seed(recipe: Recipe, client_id: str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _arguments(recipe: Recipe, job: Job) -> TrainingArguments:
-    device = pick_device(job.device)
+def _arguments(recipe: Recipe, job: Job, device: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(job.work),
         per_device_train_batch_size=recipe.micro_batch_size,
@@ -133,6 +146,7 @@ def _arguments(recipe: Recipe, job: Job) -> TrainingArguments:
         data_seed=client_seed(recipe, job.client_id),
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="no",  # `_Clock` saves by the clock: steps take a tenth of a second or a minute
         save_total_limit=1,
         report_to="none",
@@ -175,23 +189,26 @@ class _Padding:
 class _Clock(TrainerCallback):  # type: ignore[misc]
     """Tells the job of each step, saves every few minutes, and stops after a step when interrupted."""
 
-    def __init__(self, job: Job, fresh: bool) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
+        self._steps_before = self._tokens_before = 0
         self._began = self._saved = time.monotonic()
-        self._before: tuple[int, int] | None = (0, 0) if fresh else None
         self.interrupted = False
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._before is None:
-            self._before = (state.global_step, state.num_input_tokens_seen)
-            self._began = time.monotonic()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps_before, self._tokens_before = state.global_step, state.num_input_tokens_seen
+        self._began = self._saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        done = state.global_step - (self._before or (0, 0))[0]
-        left = (time.monotonic() - self._began) / max(done, 1) * (state.max_steps - state.global_step)
-        tokens = state.num_input_tokens_seen
+        if not math.isfinite(logs["loss"]):
+            raise UsageError(
+                f"The loss is {logs['loss']} at step {state.global_step}: training has come apart.",
+                hint="A lower learning rate may hold: --set learning_rate=…",
+            )
+        done, tokens = state.global_step - self._steps_before, state.num_input_tokens_seen
+        left = self.seconds() / max(done, 1) * (state.max_steps - state.global_step)
         self._job.on_step(Step(state.global_step, state.max_steps, logs["loss"], tokens, self.rate(tokens), left))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -202,19 +219,22 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         if self.interrupted:
             control.should_training_stop = True
 
+    def seconds(self) -> float:
+        """Since this process began to train."""
+        return time.monotonic() - self._began
+
     def rate(self, tokens: int) -> float:
-        """Tokens a second since this process began to train."""
-        seconds = time.monotonic() - self._began
-        return (tokens - (self._before or (0, 0))[1]) / seconds if seconds > 0 else 0.0
+        """Tokens a second of this process."""
+        return float(tokens - self._tokens_before) / max(self.seconds(), 1e-9)
 
 
 @contextmanager
-def _interrupts(clock: _Clock) -> Iterator[None]:
+def _interrupts(clock: _Clock, tell: Callable[[str], None]) -> Iterator[None]:
     """The first Ctrl-C ends the run after the step it is in; a second one ends it at once."""
 
     def first(*_: Any) -> None:
         clock.interrupted = True
-        clock._job.tell("Interrupted: finishing this step and saving it. Ctrl-C again stops at once.")
+        tell("Interrupted: finishing this step and saving it. Ctrl-C again stops at once.")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:

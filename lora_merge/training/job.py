@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any
 
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
-from lora_merge.statement import FILE_NAME, StatementError, check_client_id
+from lora_merge.statement import FILE_NAME, BaseModel, StatementError, check_client_id
 
+_MARK = "run.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", FILE_NAME)
 
 
@@ -60,7 +62,8 @@ class Job:
     @property
     def work(self) -> Path:
         """The hidden folder beside the output that holds checkpoints while the run lasts."""
-        return self.output.parent / f".{self.output.name}.training"
+        output = Path(os.path.abspath(self.output))
+        return output.parent / f".{output.name}.training"
 
 
 def check_job(job: Job) -> None:
@@ -76,38 +79,29 @@ def check_job(job: Job) -> None:
         raise UsageError(f"--client-id {job.client_id}: {error.reason}.") from error
     if Path(job.data).suffix and not Path(job.data).exists():
         raise NotFoundError(f"There is no data file {job.data}.")
-    if not job.output.exists() and not job.output.is_symlink():
-        return
-    if not job.output.is_dir() or job.output.is_symlink():
-        raise UsageError(f"{job.output} is there and is not a folder.")
-    strangers = sorted({entry.name for entry in job.output.iterdir()} - set(ADAPTER_FILES))
-    if strangers:
-        raise UsageError(f"{job.output} holds other files ({strangers[0]}): name a new folder.")
-    if any(job.output.iterdir()) and not (job.force or (job.resume and job.work.is_dir())):
-        raise UsageError(f"{job.output} already holds an adapter.", hint="--force trains it anew and replaces it.")
+    _check_output(job)
 
 
-def open_work(job: Job, loaded: LoadedRecipe) -> Path | None:
+def open_work(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Path | None:
     """Make the work folder, or take up the one that an interrupted run left; returns its last checkpoint.
 
     Raises:
-        UsageError: the folder is of another run: its recipe, data or client differ.
+        UsageError: the checkpoint is of another run: its recipe, base, data or client differ.
     """
-    mark = json.dumps(_fingerprint(job, loaded), sort_keys=True, indent=2)
-    marked = job.work / "job.json"
-    if not job.resume and job.work.exists():
-        shutil.rmtree(job.work)
-    if marked.is_file() and marked.read_text(encoding="utf-8") != mark:
+    mark = _mark(job, loaded, base)
+    checkpoint = last_checkpoint(job) if job.resume else None
+    if checkpoint is None:
+        shutil.rmtree(job.work, ignore_errors=True)
+        job.work.mkdir(parents=True)
+        (job.work / _MARK).write_text(mark, encoding="utf-8")
+    elif (job.work / _MARK).read_text(encoding="utf-8") != mark:
         raise UsageError(
-            f"{job.work} holds the checkpoint of another run: its recipe, --set, data or client id differ.",
-            hint="Leave out --resume to start anew.",
+            f"{job.work} is of another run: its recipe, --set, base model, data or client id differ.",
+            hint="--force in place of --resume starts anew.",
         )
-    job.work.mkdir(parents=True, exist_ok=True)
-    marked.write_text(mark, encoding="utf-8")
-    checkpoints = sorted(job.work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     if job.resume:
-        job.tell(f"Resuming at step {checkpoints[-1].name.rpartition('-')[2]}" if checkpoints else "Nothing to resume")
-    return checkpoints[-1] if checkpoints else None
+        job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
+    return checkpoint
 
 
 def close_work(job: Job) -> None:
@@ -115,7 +109,38 @@ def close_work(job: Job) -> None:
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def _fingerprint(job: Job, loaded: LoadedRecipe) -> dict[str, str]:
+def last_checkpoint(job: Job) -> Path | None:
+    """The newest whole checkpoint of an interrupted run. One that was cut off has no readable state."""
+    for folder in sorted(job.work.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def _check_output(job: Job) -> None:
+    waiting = last_checkpoint(job) is not None
+    if waiting and not (job.resume or job.force):
+        raise UsageError(
+            f"An interrupted run is waiting beside {job.output}.",
+            hint="--resume goes on with it; --force drops it and starts anew.",
+        )
+    if not os.path.lexists(job.output):
+        return
+    if not job.output.is_dir() or job.output.is_symlink():
+        raise UsageError(f"{job.output} is there and is not a folder.")
+    there = sorted(entry.name for entry in job.output.iterdir())
+    if strangers := [name for name in there if name not in ADAPTER_FILES]:
+        raise UsageError(f"{job.output} holds other files ({strangers[0]}): name a new folder.")
+    if there and not (job.force or (job.resume and waiting)):
+        raise UsageError(f"{job.output} already holds an adapter.", hint="--force trains it anew and replaces it.")
+
+
+def _mark(job: Job, loaded: LoadedRecipe, base: BaseModel) -> str:
+    """What must not change between a run and its `--resume`."""
     data = Path(job.data)
     content = hashlib.sha256(data.read_bytes()).hexdigest() if data.is_file() else job.data
-    return {"recipe": loaded.recipe.digest(), "data": content, "client_id": job.client_id}
+    facts = {"recipe": loaded.recipe.digest(), "base": base.weights_sha256, "data": content, "client": job.client_id}
+    return json.dumps(facts, indent=2)

@@ -1,0 +1,85 @@
+"""Raw records out of a data file, each with the place it came from. JSON lines here; the rest through `datasets`."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+
+def records(path: str) -> Iterator[tuple[str, object]]:
+    """Yield `line 7` (or `row 7`) and the parsed record; one that cannot be parsed comes as its `ValueError`.
+
+    Args:
+        path: a JSON lines file (also gzip, or one JSON array); else whatever `datasets` reads, where it is installed.
+
+    Raises:
+        NotFoundError: there is no such file.
+        RefusedError: the file as a whole cannot be read.
+        UsageError: `datasets` is needed and not installed.
+    """
+    if not path.lower().endswith(JSON_SUFFIXES):
+        return _places("row", list(_dataset(path)))
+    if not Path(path).is_file():
+        raise NotFoundError(f"There is no data file {path}.")
+    content = _content(Path(path))
+    if content.lstrip().startswith(b"["):
+        whole = _parsed(content)
+        return _places("row", whole if isinstance(whole, list) else [whole])
+    return _places("line", [_parsed(line) if line.strip() else None for line in content.split(b"\n")])
+
+
+def _places(unit: str, found: list[Any]) -> Iterator[tuple[str, object]]:
+    """Number the records from 1, in one width, so that places sort as text; blank lines are passed over."""
+    width = len(str(len(found)))
+    for number, record in enumerate(found, start=1):
+        if record is not None:
+            yield f"{unit} {number:>{width}}", record
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            return file.read().removeprefix(b"\xef\xbb\xbf")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RefusedError([Problem(path.name, "the file", f"is not whole gzip: {error}")]) from error
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        parsed = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        return ValueError(f"not JSON: {error}")
+    except RecursionError:
+        return ValueError("not JSON: nested too deeply")
+    return ValueError("must be a JSON object, is null") if parsed is None else parsed
+
+
+def _dataset(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"{path} is not JSON lines ({', '.join(JSON_SUFFIXES)}); other formats need the package `datasets`.",
+            hint="pip install 'lora-merge[data]'",
+        ) from None
+    local = Path(path)
+    if not local.exists() and (local.suffix or path.count("/") != 1):
+        raise NotFoundError(f"There is no data file {path}.")
+    datasets.disable_progress_bars()
+    try:
+        if local.is_dir() and (local / "dataset_info.json").is_file():
+            return datasets.load_from_disk(path)
+        if local.is_file() and local.suffix.lower() in _BUILDERS:
+            return datasets.load_dataset(_BUILDERS[local.suffix.lower()], data_files=path, split="train")
+        return datasets.load_dataset(path, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise NotFoundError(f"`datasets` cannot read {path}: {error}") from error
