@@ -56,8 +56,11 @@ class Problem:
         return f"{self.client}: {self.field}: {self.reason}"
 
 
+MAX_SHOWN = 40
+
+
 class RefusedError(LoraMergeError):
-    """One or more inputs were refused. ``problems`` holds all of them, sorted."""
+    """One or more inputs were refused. ``problems`` holds all of them, sorted; the message shows the first."""
 
     exit_code = 3
 
@@ -66,7 +69,10 @@ class RefusedError(LoraMergeError):
         clients = len({problem.client for problem in self.problems})
         count = len(self.problems)
         lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}; nothing was written."
-        super().__init__("\n".join([lead, *(f"  {problem}" for problem in self.problems)]), hint=hint)
+        shown = [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
+        if count > MAX_SHOWN:
+            shown.append(f"  and {count - MAX_SHOWN} more (--json lists all of them)")
+        super().__init__("\n".join([lead, *shown]), hint=hint)
 
 
 class NotFoundError(LoraMergeError):

@@ -40,10 +40,14 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class RecipeRef:
-    """The recipe that a client followed; ``overrides`` are its ``--set`` values."""
+    """The recipe that a client followed; ``overrides`` are its ``--set`` values.
+
+    ``prompt_form`` is named by itself because adapters trained on different forms do not average.
+    """
 
     name: str
     digest: str
+    prompt_form: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -128,11 +132,12 @@ def _base_model(value: object) -> BaseModel:
 
 def _recipe(value: object) -> RecipeRef:
     entries = _mapping("recipe", value)
-    if set(entries) - {"name", "digest", "overrides"} or not {"name", "digest"} <= set(entries):
-        raise StatementError("recipe", "must hold name, digest and overrides")
+    if set(entries) - {"name", "digest", "prompt_form", "overrides"} or not {"name", "digest"} <= set(entries):
+        raise StatementError("recipe", "must hold name, digest, prompt_form and overrides")
     return RecipeRef(
         name=_text("recipe.name", entries["name"], _PLAIN) or "",
         digest=_text("recipe.digest", entries["digest"], _HEX) or "",
+        prompt_form=_text("recipe.prompt_form", entries.get("prompt_form"), _PLAIN),
         overrides=dict(_mapping("recipe.overrides", entries.get("overrides"))),
     )
 
@@ -163,6 +168,8 @@ def _count(name: str, value: object) -> int | None:
 
 
 def _number(name: str, value: object) -> float | None:
-    if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise StatementError(name, f"must be a finite number from 0 up, is {str(value)[:40]}")
-    return value
+    return float(value)

@@ -94,16 +94,16 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(output: Path, work: Path) -> None:
-    """Rename `work` to `output`; what was there is moved aside first and removed with the next leftovers."""
+    """Rename `work` to `output`; what was there is moved aside first, and removed last."""
+    aside = None
     if output.is_symlink() or output.is_file():
         output.unlink()
     elif output.is_dir() and any(output.iterdir()):
         aside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
         os.rename(output, aside / "replaced")
-        os.rename(work, output)
+    os.rename(work, output)
+    if aside:
         shutil.rmtree(aside, ignore_errors=True)
-    if work.exists():
-        os.rename(work, output)
     descriptor = os.open(output.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from lora_merge.cli.aggregate import aggregate
 from lora_merge.cli.output import SCHEMA_VERSION, Output
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.train import train
@@ -17,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORA_MERGE"},
 )
 app.command()(train)
+app.command()(aggregate)
 app.add_typer(recipes_app, name="recipes")
 
 

@@ -1,0 +1,119 @@
+"""How far a written update is from M, in the Frobenius norm, without a dense matrix.
+
+Exact where K <= 1024, from the fp64 Gram identity <B A, B' A'> = sum((B^T B') * (A A'^T)) over the stacked difference;
+above that an estimate from seeded random probes: E |X z|^2 = |X|_F^2 for random signs z.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_merge.adapter import Factors
+from lora_merge.aggregation import dora, lowrank
+from lora_merge.aggregation.methods import METHODS, MethodRefused, Options
+from lora_merge.aggregation.module import Module
+
+MAX_EXACT_K = 1024
+PROBES = 32
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """|written - M|^2 and |M|^2 of one module, and the variance of the former where it was estimated by probes."""
+
+    error: float
+    norm: float
+    variance: float = 0.0
+    probes: int = 0
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """|written - M| / |M| over one or many modules; `standard_error` where it was estimated by probes."""
+
+    value: float
+    standard_error: float | None
+
+    def to_json(self) -> dict[str, float]:
+        """Three digits: the last bits of a factorisation differ between machines."""
+        data = {"relative_error": _rounded(self.value)}
+        if self.standard_error is not None:
+            data["standard_error"] = _rounded(self.standard_error)
+        return data
+
+
+def relative_error(parts: Iterable[SquaredError]) -> RelativeError:
+    """The parts together, as one relative error. Nothing merged at all counts as no error."""
+    parts = list(parts)
+    error, norm = sum(part.error for part in parts), sum(part.norm for part in parts)
+    if norm == 0:
+        return RelativeError(0.0 if error == 0 else math.inf, None)
+    value = math.sqrt(error / norm)
+    if not any(part.probes for part in parts):
+        return RelativeError(value, None)
+    spread = math.sqrt(sum(part.variance for part in parts))
+    return RelativeError(value, spread / (2 * value * norm) if value else 0.0)
+
+
+def measure(module: Module, written: Factors, *, probes: bool, seed: int) -> SquaredError:
+    """The error of `written` (as it stands in the file) against M, for one module."""
+    if module.dora:
+        return SquaredError(*dora.squared_error(module, written))
+    if probes:
+        return _by_probes(module, written, seed)
+    return _by_gram(module, written)
+
+
+def fedavg_gap(module: Module, *, seed: int) -> SquaredError | None:
+    """What `fedavg` would have missed of M, by probes; None where it cannot merge the module at all."""
+    try:
+        plan = METHODS["fedavg"].plan(module, Options())
+    except MethodRefused:
+        return None
+    return _by_probes(module, plan.merge(), seed)
+
+
+def _by_gram(module: Module, written: Factors) -> SquaredError:
+    terms = list(module.terms())
+    error = norm = 0.0
+    for block in range(module.spec.blocks):
+        L = torch.cat([written.scaling * written.B[block].double(), *(-c * u.B[block].double() for c, u in terms)], 1)
+        R = torch.cat([written.A[block].double(), *(u.A[block].double() for _, u in terms)], 0)
+        products = (L.mT @ L) * (R @ R.mT)
+        error += float(products.sum())
+        norm += float(products[written.r :, written.r :].sum())
+    bias_error, bias_norm = _bias_error(written, terms)
+    return SquaredError(max(error, 0.0) + bias_error, max(norm, 0.0) + bias_norm)
+
+
+def _by_probes(module: Module, written: Factors, seed: int) -> SquaredError:
+    z = lowrank.signs(module.spec.d_in, PROBES, lowrank.sketch_seed(seed, module.name)).double().to(written.A.device)
+    y = torch.zeros(module.spec.blocks, module.spec.d_out, PROBES, dtype=torch.float64, device=z.device)
+    for coefficient, update in module.terms():
+        y += coefficient * (update.B.double() @ (update.A.double() @ z))
+    difference = written.scaling * (written.B.double() @ (written.A.double() @ z)) - y
+    errors = difference.square().sum(dim=(0, 1))  # of each probe
+    bias_error, bias_norm = _bias_error(written, module.terms())
+    return SquaredError(
+        float(errors.mean()) + bias_error,
+        float(y.square().sum(dim=(0, 1)).mean()) + bias_norm,
+        float(errors.var()) / PROBES,
+        PROBES,
+    )
+
+
+def _bias_error(written: Factors, terms: Iterable[tuple[float, Factors]]) -> tuple[float, float]:
+    if written.bias is None:
+        return 0.0, 0.0
+    mean = torch.zeros_like(written.bias, dtype=torch.float64)
+    for coefficient, update in terms:
+        if update.bias is not None:
+            mean += coefficient * update.bias.double()
+    difference = written.scaling * written.bias.double() - mean
+    return float(difference.square().sum()), float(mean.square().sum())
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

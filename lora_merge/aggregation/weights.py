@@ -1,0 +1,66 @@
+"""Each client's weight n: its examples, one, or what the user says. p_i is n_i over their sum."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from lora_merge.errors import UsageError
+
+Weights: TypeAlias = Literal["examples", "uniform"] | Mapping[str, float]
+
+
+def resolve_weights(
+    ids: Sequence[str], counts: Sequence[int | None], choice: Weights, *, names: Mapping[str, str] | None = None
+) -> list[float]:
+    """The weight of each client, in the order of `ids`.
+
+    Args:
+        counts: each client's `num_examples`, None where it states none.
+        choice: `examples`, `uniform`, or a number for every client by id.
+        names: other names by which `choice` may call a client (the source as given), to its id.
+
+    Raises:
+        UsageError: a count is missing, a weight is missing, unknown, negative or not finite, or all are zero.
+    """
+    if choice == "uniform":
+        return [1.0] * len(ids)
+    if choice == "examples":
+        weights = _from_counts(ids, counts)
+    elif isinstance(choice, str):
+        raise UsageError(f"weights must be examples, uniform or a mapping, not {choice!r}.")
+    else:
+        weights = _as_given(ids, choice, names or {})
+    if not 0 < sum(weights) < math.inf:
+        raise UsageError("The weights sum to zero: there is nothing to average.", hint="Try --weights uniform.")
+    return weights
+
+
+def _from_counts(ids: Sequence[str], counts: Sequence[int | None]) -> list[float]:
+    silent = [client for client, count in zip(ids, counts, strict=True) if count is None]
+    if silent:
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise UsageError(
+            f"These clients do not state num_examples, so they have no weight: {shown}.",
+            hint="Say --weights uniform, or give each one with --weight SOURCE=NUMBER.",
+        )
+    return [float(count) for count in counts if count is not None]
+
+
+def _as_given(ids: Sequence[str], given: Mapping[str, float], names: Mapping[str, str]) -> list[float]:
+    by_id: dict[str, float] = {}
+    for name, weight in given.items():
+        client = name if name in ids else names.get(name)
+        if client is None:
+            raise UsageError(f"A weight is given for {name!r}, which is not among the clients: {', '.join(ids)}.")
+        if client in by_id:
+            raise UsageError(f"{client} is given two weights.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise UsageError(f"The weight of {name} is {weight!r}; it must be a number.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UsageError(f"The weight of {name} is {weight}; it must be a finite number from 0 up.")
+        by_id[client] = float(weight)
+    if missing := [client for client in ids if client not in by_id]:
+        raise UsageError(
+            f"No weight is given for {', '.join(missing)}.", hint="Give one for every client, or --weights uniform."
+        )
+    return [by_id[client] for client in ids]

@@ -1,0 +1,82 @@
+"""Tensors that were trained whole: full tensors and rows of an embedding.
+
+Both are values, not updates: a client without one counts as the base, and a learning rate other than 1 moves from the
+base's value towards the mean. Only those two need the base's value.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_merge.aggregation.module import accumulate
+
+
+@dataclass(frozen=True)
+class ValueShare:
+    """One client's value of a tensor: its weight n, and how to read it."""
+
+    n: float
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor (or one row of an embedding) as all clients see it.
+
+    Attributes:
+        shares: the clients that trained it, sorted by id. The others count as the base's value.
+        total: N, the sum of all clients' weights.
+        alpha: the global learning rate.
+        base: reads W0, where it is at hand.
+    """
+
+    shares: Sequence[ValueShare]
+    total: float
+    alpha: float = 1.0
+    base: Callable[[], Tensor] | None = None
+
+    @property
+    def rest(self) -> float:
+        """The coefficient of W0 in the result."""
+        return 1 - self.alpha * sum(share.n for share in self.shares) / self.total
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the clients alone do not determine the mean: one lacks the tensor, or alpha is not 1."""
+        return self.alpha != 1 or sum(share.n for share in self.shares) != self.total
+
+    def mean(self) -> Tensor:
+        """W0 + alpha sum p_i (W_i - W0), fp32. Where all clients hold the same bits, those bits."""
+        if not self.needs_base:
+            first = self.shares[0].read()
+            if all(torch.equal(share.read(), first) for share in self.shares[1:]):
+                return first
+        mean: Tensor | None = None
+        for share in self.shares:
+            mean = accumulate(mean, share.read(), self.alpha * share.n / self.total)
+        assert mean is not None
+        if self.needs_base:
+            assert self.base is not None
+            mean = accumulate(mean, self.base().to(mean).reshape(mean.shape), self.rest)
+        return mean
+
+    def squared_error(self, written: Tensor) -> tuple[float, float] | None:
+        """|written - mean|^2 and |mean - W0|^2 in fp64; None where W0 is not at hand to tell the update's size."""
+        if self.base is None:
+            return None
+        base = self.base().double().reshape(written.shape)
+        update = torch.zeros_like(base)
+        for share in self.shares:
+            update += (share.read().double() - base) * (self.alpha * share.n / self.total)
+        return float((written.double() - base - update).square().sum()), float(update.square().sum())
+
+
+def rows_by_token(indices: Sequence[Mapping[int, int]]) -> dict[int, list[tuple[int, int]]]:
+    """For each token that some client trained: (client, its row) of those that did, from token -> row by client."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for client, rows in enumerate(indices):
+        for token, row in rows.items():
+            found.setdefault(token, []).append((client, row))
+    return dict(sorted(found.items()))

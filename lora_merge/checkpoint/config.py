@@ -1,0 +1,192 @@
+"""adapter_config.json by our own schema: what changes a merge is read, what changes the base is refused.
+
+PEFT is never handed a config that was not accepted here. Module names come from the tensor keys and ranks from the
+shapes; a client's `target_modules` is never evaluated.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lora_merge.checkpoint.safetensors_file import FileRefused
+
+MAX_R = 1024  # of a client; a global adapter's rank may reach the size of its modules
+MAX_SCALING = 1e3
+MAX_CONFIG_BYTES = 1 << 20
+
+# Fields that say which modules to train, or how, and nothing about the numbers that came out; PEFT writes
+# `megatron_core` always, and `auto_mapping` where there is no task type.
+_IGNORED = {
+    *("auto_mapping", "exclude_modules", "eva_config", "inference_mode", "layers_pattern", "layers_to_transform"),
+    *("lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
+    "target_modules",
+}
+_REFUSED = {
+    "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no mean update",
+    "arrow_config": "Arrow routes between adapters, so it has no mean update",
+    "corda_config": "CorDA changes the base weights",
+    "ensure_weight_tying": "tied adapters are stored once and would be counted as one module",
+    "kasa_config": "KaSA changes the base weights",
+    "layer_replication": "replicated layers are another base model",
+    "loftq_config": "LoftQ changes the base weights",
+    "lora_ga_config": "LoRA-GA changes the base weights",
+    "megatron_config": "tensor-parallel shards are not whole tensors",
+    "monteclora_config": "MonteCLoRA samples its weights, so it has no one update",
+    "use_bdlora": "BD-LoRA is block-diagonal, which a stack of blocks is not",
+    "use_qalora": "QALoRA pools its input, so it has no update of this form",
+    "velora_config": "VeLoRA is not supported",
+}
+# Starts of lora_A and lora_B that leave the base weights alone.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+T = TypeVar("T")
+
+_PATTERN_KEY = re.compile(r"[A-Za-z0-9._-]{1,512}")
+_TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What a merge needs of a client's adapter_config.json.
+
+    Attributes:
+        r, lora_alpha: the defaults; `rank_pattern` and `alpha_pattern` override them by dotted suffix of a module name.
+        modules_to_save: names of modules trained whole.
+        target_parameters: names of parameters (not modules) with a low-rank update, such as experts.
+        trainable_token_indices: by embedding module name; None where the file gives a bare list.
+    """
+
+    base_model: str | None = None
+    task_type: str | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    trainable_token_indices: Mapping[str, tuple[int, ...]] | None = None
+
+    def rank(self, name: str) -> int:
+        """The r that PEFT would give the module `name`."""
+        return first_match(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """The lora_alpha that PEFT would give the module `name`."""
+        return first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling(self, name: str, r: int) -> float:
+        """The factor on B @ A in the module `name`, whose rank is `r`."""
+        return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
+
+
+def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first key that is `name` or a dotted suffix of it, as PEFT chooses."""
+    return next((value for key, value in pattern.items() if name == key or name.endswith("." + key)), default)
+
+
+class ConfigReader:
+    """Reads the parsed file field by field, and collects every reason to refuse it."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+        self.problems: list[FileRefused] = []
+
+    def take(self, name: str, default: Any, check: Callable[[Any], bool], expected: str) -> Any:
+        """The field `name` where it passes `check`; null and absent mean `default`."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if not check(value):
+            self.problems.append(FileRefused(name, f"must be {expected}, is {str(value)[:60]!r}"))
+            return default
+        return value
+
+
+def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[AdapterConfig, list[FileRefused]]:
+    """A parsed adapter_config.json, and every reason to refuse it (none, for one that is accepted)."""
+    reader = ConfigReader(data)
+
+    def is_rank(value: object) -> bool:
+        return type(value) is int and 1 <= value <= max_r
+
+    take = reader.take
+    reader.problems += _refusals(data)
+    config = AdapterConfig(
+        base_model=take("base_model_name_or_path", None, _is_text, "a text"),
+        task_type=take("task_type", None, _is_text, "a text"),
+        r=take("r", 8, is_rank, f"a whole number from 1 to {max_r}"),
+        lora_alpha=take("lora_alpha", 8, _is_alpha, "a finite number above 0"),
+        rank_pattern=take("rank_pattern", {}, _is_pattern(is_rank), "module suffixes and ranks"),
+        alpha_pattern=take("alpha_pattern", {}, _is_pattern(_is_alpha), "module suffixes and finite numbers"),
+        use_rslora=take("use_rslora", False, _is_bool, "true or false"),
+        use_dora=take("use_dora", False, _is_bool, "true or false"),
+        lora_bias=take("lora_bias", False, _is_bool, "true or false"),
+        fan_in_fan_out=take("fan_in_fan_out", False, _is_bool, "true or false"),
+        bias=take("bias", "none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
+        modules_to_save=tuple(take("modules_to_save", (), _is_names, "a list of module names")),
+        target_parameters=tuple(take("target_parameters", (), _is_names, "a list of parameter names")),
+        trainable_token_indices=_token_indices(reader),
+    )
+    return config, reader.problems
+
+
+def _refusals(data: Mapping[str, Any]) -> Iterator[FileRefused]:
+    if data.get("peft_type") != "LORA":
+        yield FileRefused("peft_type", f"must be LORA, is {str(data.get('peft_type'))[:40]!r}")
+    start = data.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        yield FileRefused("init_lora_weights", f"{str(start)[:40]!r} changes the base weights or the forward pass")
+    known = AdapterConfig.__dataclass_fields__.keys() - {"base_model"}
+    known |= _IGNORED | {"peft_type", "init_lora_weights", "base_model_name_or_path"}
+    for name, value in data.items():
+        if name not in known and value not in (None, False, 0, "", [], {}):
+            yield FileRefused(name[:80], _REFUSED.get(name, "is a field that lora-merge does not know"))
+
+
+def _token_indices(reader: ConfigReader) -> Mapping[str, tuple[int, ...]] | None:
+    value = reader.take("trainable_token_indices", None, _is_token_indices, "token indices, or lists of them by module")
+    if value is None:
+        return None
+    by_module = {"": value} if isinstance(value, list) else value
+    return {name: tuple(indices) for name, indices in by_module.items()}
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and _TEXT.fullmatch(value) is not None
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_SCALING * MAX_R  # type: ignore[operator]
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and _PATTERN_KEY.fullmatch(name) for name in value)
+
+
+def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    def is_pattern(value: object) -> bool:
+        return isinstance(value, dict) and all(_PATTERN_KEY.fullmatch(k) and check(v) for k, v in value.items())
+
+    return is_pattern
+
+
+def _is_token_indices(value: object) -> bool:
+    def is_indices(items: object) -> bool:
+        if not isinstance(items, list) or not all(type(item) is int and 0 <= item < 2**31 for item in items):
+            return False
+        return 0 < len(items) == len(set(items))
+
+    if isinstance(value, dict):
+        return bool(value) and all(_PATTERN_KEY.fullmatch(name) and is_indices(v) for name, v in value.items())
+    return is_indices(value)

@@ -1,0 +1,163 @@
+"""All clients of a merge, and each module of theirs as the algebra wants it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapter import Client, Factors, FactorsSpec, FullSpec, FullTensor, TokenRows, TokenSpec, Update
+from lora_merge.aggregation.compatibility import module_names
+from lora_merge.aggregation.module import Module, Share
+from lora_merge.aggregation.whole import Value, ValueShare, rows_by_token
+from lora_merge.checkpoint.base_model import BaseModel
+from lora_merge.checkpoint.layout import TOKEN_SUFFIX
+from lora_merge.checkpoint.safetensors_file import FileRefused
+from lora_merge.errors import Problem, RefusedError
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The clients, sorted by id, and what all modules have in common.
+
+    Attributes:
+        alpha: the global learning rate.
+        base: the base model's tensors, where they are at hand.
+        device: where the arithmetic runs.
+    """
+
+    clients: Sequence[Client]
+    alpha: float = 1.0
+    base: BaseModel | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def total(self) -> float:
+        """N, the sum of the clients' weights."""
+        return sum(client.n for client in self.clients)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Every name that some client has an update for, sorted."""
+        return module_names(self.clients)
+
+    @cached_property
+    def factor_specs(self) -> dict[str, FactorsSpec]:
+        """One client's shape of every low-rank module."""
+        return {name: spec for name in self.names if isinstance(spec := self.spec(name), FactorsSpec)}
+
+    @cached_property
+    def bias(self) -> bool:
+        return any(spec.bias for spec in self._factor_specs_of_all())
+
+    @cached_property
+    def dora(self) -> bool:
+        return any(spec.magnitude for spec in self._factor_specs_of_all())
+
+    def spec(self, name: str) -> FactorsSpec | FullSpec | TokenSpec:
+        """The first client's shape of `name`."""
+        return next(client.adapter.specs[name] for client in self.clients if name in client.adapter.specs)
+
+    def module(self, name: str) -> Module:
+        """The low-rank module `name` as all clients see it."""
+        shares = tuple(
+            Share(client.id, client.n, client.adapter.specs[name], partial(self._factors, client, name))  # type: ignore[arg-type]
+            for client in self._having(name)
+        )
+        base = partial(self._base_weight, name) if self.dora and self.base is not None else None
+        return Module(name, shares, self.total, self.alpha, self.bias, self.dora, base)
+
+    def value(self, name: str) -> Value:
+        """The full tensor `name` as all clients see it."""
+        shares = [ValueShare(client.n, partial(self._full, client, name)) for client in self._having(name)]
+        base = self.base if self.base is not None and self.base.has(base_name(name)) else None
+        read = None if base is None else partial(base.tensor, base_name(name))
+        return Value(shares, self.total, self.alpha, read)
+
+    def token_values(self, name: str) -> dict[int, Value]:
+        """Each row of an embedding that some client trained, by token. Reads the clients' rows."""
+        clients = self._having(name)
+        updates = [self._tokens(client, name) for client in clients]
+        rows = rows_by_token([{token: row for row, token in enumerate(update.indices)} for update in updates])
+        values = {}
+        for token, owners in rows.items():
+            shares = [ValueShare(clients[i].n, partial(updates[i].rows.__getitem__, row)) for i, row in owners]
+            values[token] = Value(shares, self.total, self.alpha, self._base_row(name, token))
+        return values
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The tokens of an embedding that some client trained, sorted."""
+        specs = [client.adapter.specs[name] for client in self._having(name)]
+        return tuple(sorted({token for spec in specs if isinstance(spec, TokenSpec) for token in spec.indices}))
+
+    def needed_base_tensors(self) -> list[str]:
+        """The base tensors without which the mean is not determined."""
+        return [base_name(name) for name in self.names if self._needs_base(name)]
+
+    def read(self, client: Client, name: str) -> Update:
+        """One client's update, on the device; what is wrong with it is a problem of the client's."""
+        try:
+            return _moved(client.adapter[name], self.device)
+        except FileRefused as error:
+            raise RefusedError([Problem(client.id, error.field, error.reason)]) from error
+
+    def _needs_base(self, name: str) -> bool:
+        spec = self.spec(name)
+        if isinstance(spec, FactorsSpec):
+            return self.dora
+        if isinstance(spec, FullSpec):
+            return self.value(name).needs_base
+        having = [(client.n, client.adapter.specs[name]) for client in self._having(name)]
+        each = (sum(n for n, s in having if isinstance(s, TokenSpec) and t in s.indices) for t in self.tokens(name))
+        return self.alpha != 1 or any(n != self.total for n in each)
+
+    def _having(self, name: str) -> list[Client]:
+        return [client for client in self.clients if name in client.adapter.specs]
+
+    def _factor_specs_of_all(self) -> Iterator[FactorsSpec]:
+        for client in self.clients:
+            yield from (spec for spec in client.adapter.specs.values() if isinstance(spec, FactorsSpec))
+
+    def _factors(self, client: Client, name: str) -> Factors:
+        update = self.read(client, name)
+        assert isinstance(update, Factors)
+        return update
+
+    def _full(self, client: Client, name: str) -> Tensor:
+        update = self.read(client, name)
+        assert isinstance(update, FullTensor)
+        return update.value
+
+    def _tokens(self, client: Client, name: str) -> TokenRows:
+        update = self.read(client, name)
+        assert isinstance(update, TokenRows)
+        return update
+
+    def _base_weight(self, name: str) -> Tensor:
+        assert self.base is not None
+        return self.base.weight(name, self.factor_specs[name]).to(self.device)
+
+    def _base_row(self, name: str, token: int) -> Callable[[], Tensor] | None:
+        if self.base is None or not self.base.has(base_name(name)):
+            return None
+        return partial(self.base.row, base_name(name), token)
+
+
+def base_name(name: str) -> str:
+    """The base model's tensor that an update of `name` starts from."""
+    if name.endswith(TOKEN_SUFFIX):
+        return name.removesuffix(TOKEN_SUFFIX) + ".weight"
+    if name.endswith((".weight", ".bias")):
+        return name.replace(".base_layer.", ".")
+    return name + ".weight"
+
+
+def _moved(update: Update, device: torch.device) -> Update:
+    if device.type == "cpu":
+        return update
+    tensors: dict[str, Any] = {
+        key: value.to(device) for key, value in vars(update).items() if isinstance(value, Tensor)
+    }
+    return replace(update, **tensors)

@@ -1,0 +1,248 @@
+"""From clients to a merged file: each module is read, merged, written and measured by itself.
+
+The shape of every result is planned first, so that the file's header is known and modules may finish in any order.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapter import Factors, FactorsSpec, FullSpec
+from lora_merge.aggregation import certificate
+from lora_merge.aggregation.certificate import SquaredError
+from lora_merge.aggregation.methods import METHODS, MethodRefused, Options, Plan
+from lora_merge.aggregation.module import Module
+from lora_merge.aggregation.schedule import Advance, over
+from lora_merge.aggregation.whole import Value
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.layout import (
+    PREFIX,
+    TOKEN_ROWS,
+    TOKEN_SUFFIX,
+    from_stored,
+    owner_of,
+    stored_names,
+    stored_shapes,
+    to_stored,
+)
+from lora_merge.checkpoint.writer import SafetensorsWriter
+from lora_merge.errors import Problem, RefusedError, UsageError
+
+DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
+CertificateMode: TypeAlias = Literal["exact", "probes", "off"]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Tensors: TypeAlias = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one written module.
+
+    Attributes:
+        form: how it is written: `stack`, `shared lora_A`, `whole`, `svd`, `full tensor`…
+        r: its rank; None for a tensor that was trained whole.
+        error: its distance from M; None where it was not measured.
+        fedavg: by how much the means of lora_A and lora_B apart would miss M; None where they do not exist.
+    """
+
+    name: str
+    form: str
+    r: int | None
+    error: SquaredError | None
+    fedavg: SquaredError | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How modules are merged and measured. `certificate` None: exact where K allows it, else by probes."""
+
+    method: str = "exact"
+    options: Options = field(default_factory=Options)
+    dtype: str = "fp32"
+    certificate: CertificateMode | None = None
+
+
+class Merge(Protocol):
+    """One planned result: the tensors it will write, and the function that makes and measures them."""
+
+    @property
+    def shapes(self) -> Shapes: ...
+
+    def run(self, settings: Settings, write: SafetensorsWriter) -> Measured: ...
+
+
+@dataclass(frozen=True)
+class FactorsMerge:
+    """A low-rank module."""
+
+    module: Module
+    plan: Plan
+
+    @property
+    def shapes(self) -> Shapes:
+        shapes, names = stored_shapes(self.plan.spec), stored_names(self.module.name, self.plan.spec)
+        return {names[role]: shape for role, shape in shapes.items()}
+
+    def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
+        spec = self.plan.spec
+        merged = _completed(self.plan.merge(), spec)
+        names = stored_names(self.module.name, spec)
+        stored = to_stored(spec, merged)
+        as_written = {role: _write(write, names[role], stored[role], settings.dtype) for role in stored}
+        error, gap = self._measure(from_stored(spec, as_written), settings)
+        return Measured(self.module.name, self.plan.form, spec.r, error, gap)
+
+    def _measure(self, written: Factors, settings: Settings) -> tuple[SquaredError | None, SquaredError | None]:
+        if settings.certificate == "off":
+            return None, None
+        seed = settings.options.seed
+        probes = settings.certificate == "probes" or (
+            settings.certificate is None and self.module.K > certificate.MAX_EXACT_K
+        )
+        error = certificate.measure(self.module, written, probes=probes, seed=seed)
+        gap = certificate.fedavg_gap(self.module, seed=seed) if settings.method == "exact" else None
+        return error, gap
+
+
+@dataclass(frozen=True)
+class FullMerge:
+    """A tensor that was trained whole, written as `tensor`."""
+
+    name: str
+    tensor: str
+    value: Value
+    shape: tuple[int, ...]
+
+    @property
+    def shapes(self) -> Shapes:
+        return {self.tensor: self.shape}
+
+    def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
+        written = _write(write, self.tensor, self.value.mean(), settings.dtype)
+        error = None if settings.certificate == "off" else self.value.squared_error(written)
+        return Measured(self.name, "full tensor", None, error and SquaredError(*error))
+
+
+@dataclass(frozen=True)
+class TokensMerge:
+    """Rows of an embedding."""
+
+    name: str
+    federation: Federation
+
+    @property
+    def shapes(self) -> Shapes:
+        spec = self.federation.spec(self.name)
+        width = getattr(spec, "d", 0)
+        return {self._tensor: (len(self.federation.tokens(self.name)), width)}
+
+    @property
+    def _tensor(self) -> str:
+        return PREFIX + self.name.removesuffix(TOKEN_SUFFIX) + TOKEN_ROWS
+
+    def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
+        values = self.federation.token_values(self.name).values()
+        written = _write(write, self._tensor, torch.stack([value.mean() for value in values]), settings.dtype)
+        if settings.certificate == "off":
+            return Measured(self.name, "token rows", None, None)
+        errors = [value.squared_error(row) for value, row in zip(values, written, strict=True)]
+        known = [error for error in errors if error is not None]
+        total = SquaredError(sum(e for e, _ in known), sum(n for _, n in known)) if len(known) == len(errors) else None
+        return Measured(self.name, "token rows", None, total)
+
+
+def plan(federation: Federation, settings: Settings, threads: ThreadPoolExecutor) -> list[Merge]:
+    """What will be written for each module.
+
+    Raises:
+        RefusedError: the method cannot merge some modules; with all of them.
+    """
+    planned = over(threads, partial(_plan_one, federation, settings), federation.names)
+    if problems := [problem for result in planned if isinstance(result, list) for problem in result]:
+        raise RefusedError(problems)
+    return _one_rank_per_owner([result for result in planned if not isinstance(result, list)])
+
+
+def write(
+    merges: Sequence[Merge], settings: Settings, path: Path, threads: ThreadPoolExecutor, advance: Advance | None
+) -> list[Measured]:
+    """Merge every module into the safetensors file `path`, and say what was found of each."""
+    shapes = {name: shape for merge in merges for name, shape in merge.shapes.items()}
+    writer = SafetensorsWriter(path, shapes, DTYPES[settings.dtype][0])
+    try:
+        return over(threads, lambda merge: merge.run(settings, writer), merges, advance)
+    finally:
+        writer.close()
+
+
+def value_problems(federation: Federation, threads: ThreadPoolExecutor) -> list[Problem]:
+    """Read every tensor of every client, and name each that holds NaN or infinity or cannot be read."""
+
+    def problems_of(task: tuple[int, str]) -> Sequence[Problem]:
+        try:
+            federation.read(federation.clients[task[0]], task[1])
+        except RefusedError as error:
+            return error.problems
+        return ()
+
+    tasks = [(i, name) for i, client in enumerate(federation.clients) for name in client.adapter.specs]
+    return [problem for problems in over(threads, problems_of, tasks) for problem in problems]
+
+
+def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | list[Problem]:
+    spec = federation.spec(name)
+    if isinstance(spec, FullSpec):
+        return FullMerge(name, _tensor_of(name, federation), federation.value(name), spec.shape)
+    if not isinstance(spec, FactorsSpec):
+        return TokensMerge(name, federation)
+    try:
+        module = federation.module(name)
+        return FactorsMerge(module, METHODS[settings.method].plan(module, settings.options))
+    except MethodRefused as error:
+        return [Problem(error.share.client if error.share else "all clients", error.field, error.reason)]
+
+
+def _tensor_of(name: str, federation: Federation) -> str:
+    """A bias lies under base_layer where the merged adapter wraps its module."""
+    module = name.removesuffix(".bias")
+    return PREFIX + (f"{module}.base_layer.bias" if module != name and module in federation.factor_specs else name)
+
+
+def _one_rank_per_owner(merges: list[Merge]) -> list[Merge]:
+    """PEFT gives one rank to all parts of a wrapped module (nested experts): the narrower ones are padded by zeros."""
+    widest: dict[str, int] = {}
+    factors = [merge for merge in merges if isinstance(merge, FactorsMerge)]
+    for merge in factors:
+        owner = owner_of(merge.module.name)
+        widest[owner] = max(widest.get(owner, 0), merge.plan.spec.r)
+    return [
+        replace(merge, plan=replace(merge.plan, spec=replace(merge.plan.spec, r=widest[owner_of(merge.module.name)])))
+        if isinstance(merge, FactorsMerge)
+        else merge
+        for merge in merges
+    ]
+
+
+def _completed(merged: Factors, spec: FactorsSpec) -> Factors:
+    """`merged` with zero columns up to the planned rank."""
+    missing = spec.r - merged.r
+    if not missing:
+        return merged
+    B = torch.nn.functional.pad(merged.B, (0, missing))
+    A = torch.nn.functional.pad(merged.A, (0, 0, 0, missing))
+    return replace(merged, B=B, A=A)
+
+
+def _write(writer: SafetensorsWriter, name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """Write a tensor in the file's type; returns what was written, as fp32."""
+    cast = tensor.to("cpu", DTYPES[dtype][1])
+    if not torch.isfinite(cast.float().sum()) and not torch.isfinite(cast).all():
+        raise UsageError(f"{name} of the merged adapter does not fit into {dtype}.", hint="Write it with --dtype fp32.")
+    writer.write(name, cast)
+    return cast.float()

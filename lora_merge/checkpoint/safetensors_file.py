@@ -1,0 +1,184 @@
+"""A safetensors file, read strictly and without memory mapping.
+
+The header is checked by our own rules (safetensors itself accepts duplicate keys, gaps, and headers of 95 MB); tensors
+are read with `pread`, so a file that shrinks under us is an error and not a SIGBUS, and the pages of a thousand
+clients do not count as our memory.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_DIMENSIONS = 8
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
+
+
+class FileRefused(ValueError):
+    """A file breaks our rules. ``field`` is the tensor or the part of the file, ``reason`` says why."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: float type, shape, absolute offset and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An open file and its checked header. Close it when done."""
+
+    path: Path
+    descriptor: int
+    size: int
+    mtime_ns: int
+    entries: Mapping[str, TensorEntry]
+
+    def read(self, name: str) -> "Tensor":
+        """The tensor `name` as fp32, on the CPU.
+
+        Raises:
+            FileRefused: the file is shorter than its header says, or the tensor holds NaN or infinity.
+        """
+        import torch
+
+        entry = self.entries[name]
+        kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
+        tensor = torch.empty(entry.shape, dtype=kind)
+        buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        _read_into(self.descriptor, memoryview(buffer), entry.offset, name)
+        tensor = tensor.float()
+        # A finite sum proves that every entry is finite, at a tenth of the cost of looking at each;
+        # an infinite one may be an honest overflow, so then look.
+        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise FileRefused(name, "holds NaN or infinity")
+        return tensor
+
+    def unchanged(self) -> bool:
+        """Whether the file is still the one that was opened."""
+        now = os.fstat(self.descriptor)
+        return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Open `path` and check its header: bounds, types, names, and byte counts that add up.
+
+    Raises:
+        FileRefused: naming what is wrong.
+        OSError: the file cannot be opened.
+    """
+    # O_NONBLOCK: opening a pipe that nobody writes to must not hang.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileRefused("file", "is not a regular file")
+        entries = _entries(descriptor, status.st_size)
+        return SafetensorsFile(path, descriptor, status.st_size, status.st_mtime_ns, entries)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _entries(descriptor: int, size: int) -> dict[str, TensorEntry]:
+    lead = os.pread(descriptor, 8, 0)
+    if len(lead) < 8:
+        raise FileRefused("header", "the file is shorter than a safetensors header")
+    (length,) = struct.unpack("<Q", lead)
+    if length > MAX_HEADER_BYTES:
+        raise FileRefused("header", f"{length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    text = bytearray(length)
+    _read_into(descriptor, memoryview(text), 8, "header")
+    header = parse_json(bytes(text), "header")
+    header.pop("__metadata__", None)
+    if not header:
+        raise FileRefused("header", "names no tensor")
+    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
+    _check_cover(entries, 8 + length, size)
+    return entries
+
+
+def parse_json(text: bytes, field: str) -> dict[str, Any]:
+    """A JSON object, with duplicate keys, NaN, infinities and deep nesting refused."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(items)) < len(items):
+            raise FileRefused(field, "names an entry twice")
+        return dict(items)
+
+    def constant(value: str) -> float:
+        raise FileRefused(field, f"holds the number {value}")
+
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except FileRefused:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FileRefused(field, "is not valid JSON") from error
+    if not isinstance(data, dict):
+        raise FileRefused(field, "is not a JSON object")
+    return data
+
+
+def _entry(name: str, value: object, data_start: int) -> TensorEntry:
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise FileRefused("header", f"the tensor name {name[:80]!r} is not accepted")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise FileRefused(name, "must have dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise FileRefused(name, f"has the type {str(dtype)[:20]}; F32, F16 and BF16 are accepted")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or 0 in shape:
+        raise FileRefused(name, "has no proper shape")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise FileRefused(name, "has no proper data_offsets")
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise FileRefused(name, f"spans {offsets[1] - offsets[0]} bytes where its shape needs {nbytes}")
+    return TensorEntry(dtype, tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
+
+
+def _check_cover(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
+    """The tensors must fill the file from the header's end to its own end, without gap or overlap."""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+        if entry.offset != start:
+            raise FileRefused(name, "overlaps another tensor or leaves a gap")
+        start += entry.nbytes
+    if start != size:
+        raise FileRefused("file", f"has {size} bytes where its header needs {start}")
+
+
+def _read_into(descriptor: int, buffer: memoryview, offset: int, field: str) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise FileRefused(field, "the file ends before it")
+        done += count

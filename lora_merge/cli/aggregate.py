@@ -1,0 +1,146 @@
+"""`lora-merge aggregate`: the merge."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.errors import NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from lora_merge.pipeline import Aggregation
+
+
+def aggregate(
+    sources: Annotated[list[str], typer.Argument(help="Adapter folders, or quoted globs of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write the global adapter to.")],
+    method: Annotated[str, typer.Option(help="exact, svd, fedavg or ffa.")] = "exact",
+    rank: Annotated[str | None, typer.Option(help="Of svd: a number, auto or lossless.  [default: auto]")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Of --rank auto: the share of the squared norm to keep.  [default: 0.99]")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="examples, uniform, or a JSON or YAML file: client or source to number.")
+    ] = "examples",
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE=NUMBER", help="One client's weight; give one for each.")
+    ] = None,
+    global_lr: Annotated[float, typer.Option(help="The global learning rate: a factor on the mean update.")] = 1.0,
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder or cached id, where the mean depends on it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    certificate: Annotated[
+        str | None, typer.Option(help="exact, probes or off.  [default: exact where the ranks sum to 1024 or less]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Modules merged at a time; the bytes stay the same.  [default: CPUs]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Merge adapters that were fine-tuned apart into one global adapter.
+
+    Example: lora-merge aggregate 'clients/*' --output global
+    """
+    out = Output(as_json, quiet, debug)
+    with out.reporting():
+        chosen = _weights(weights, weight or [])
+        started = time.monotonic()
+        from lora_merge.checkpoint.merge import CertificateMode
+        from lora_merge.pipeline import aggregate as run
+
+        result = run(
+            cast("list[str | Path]", sources),
+            output,
+            method=method,
+            rank=_rank(rank),
+            energy=energy,
+            weights=chosen,
+            global_lr=global_lr,
+            base=base,
+            dtype=dtype,
+            device=device,
+            certificate=cast("CertificateMode | None", certificate),
+            workers=workers,
+            force=force,
+            progress=lambda what, total: out.progress(what, total, "modules"),
+        )
+        for warning in result.warnings:
+            out.warn(warning)
+        seconds = time.monotonic() - started
+        out.result(_as_json(result, seconds), made=str(output), show=lambda: _table(result, seconds))
+
+
+def _rank(rank: str | None) -> Any:
+    return int(rank) if rank is not None and rank.isascii() and rank.isdigit() else rank
+
+
+def _weights(choice: str, single: list[str]) -> Any:
+    """`examples`, `uniform`, or a mapping from a file and from single weights."""
+    given: dict[str, float] = {}
+    if choice not in ("examples", "uniform"):
+        given |= _weights_file(Path(choice))
+    for entry in single:
+        source, equals, number = entry.rpartition("=")
+        try:
+            given[source] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(f"--weight must be SOURCE=NUMBER, is {entry!r}.")
+    if single and choice == "uniform":
+        raise UsageError("--weights uniform and --weight exclude each other.")
+    return given or choice
+
+
+def _weights_file(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        hint = "--weights takes examples, uniform, or the path of a JSON or YAML file."
+        raise NotFoundError(f"No such weights file: {path}.", hint=hint)
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text())
+        else:
+            import yaml
+
+            data = yaml.safe_load(path.read_text())
+    except Exception as error:  # each parser has its own errors
+        raise UsageError(f"{path} cannot be read as weights: {error}.") from error
+    if not isinstance(data, dict) or not data:
+        raise UsageError(f"{path} must be a mapping from client or source to number.")
+    return {str(name): number for name, number in data.items()}
+
+
+def _as_json(result: "Aggregation", seconds: float) -> dict[str, Any]:
+    ledger = json.loads(result.ledger.to_json())
+    del ledger["schema_version"]
+    return {"output": str(result.output), "seconds": round(seconds, 3), "warnings": list(result.warnings), **ledger}
+
+
+def _table(result: "Aggregation", seconds: float) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in _rows(result, seconds):
+        table.add_row(name, plain(value))
+    return table
+
+
+def _rows(result: "Aggregation", seconds: float) -> Iterator[tuple[str, str]]:
+    ledger = result.ledger
+    yield "global adapter", f"{result.output}  ({seconds:.1f} s)"
+    yield "clients", ", ".join(f"{c.client_id} ({c.share:.1%})" for c in ledger.contributions)
+    yield "method", f"{ledger.method}, weights by {ledger.weighting}"
+    yield "rank", ", ".join(map(str, ledger.ranks)) or "none"
+    yield "certificate", ledger.certificate.sentence()
+    if ledger.certificate.not_measured:
+        yield "not measured", ", ".join(ledger.certificate.not_measured)
+    if ledger.method == "exact" and ledger.certificate.measured_by != "off":
+        yield "fedavg would miss", ledger.certificate.gap_sentence()

@@ -1,0 +1,248 @@
+"""The corridor of `lora-merge aggregate`: sources, to adapters, to one folder."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from lora_merge.adapter import TokenSpec
+from lora_merge.aggregation.certificate import relative_error
+from lora_merge.aggregation.methods import METHODS, Options, Rank
+from lora_merge.aggregation.schedule import Advance, pool
+from lora_merge.aggregation.weights import Weights
+from lora_merge.agreement import agreed_base_model, claim_warnings, is_local
+from lora_merge.card import card
+from lora_merge.checkpoint import merge
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.layout import TOKEN_SUFFIX
+from lora_merge.checkpoint.merge import CertificateMode, FactorsMerge, Measured, Merge, Settings
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder
+from lora_merge.checkpoint.writer import merged_config
+from lora_merge.errors import RefusedError, StorageError, UsageError
+from lora_merge.intake import accepted, federation_of
+from lora_merge.ledger import FILE_NAME as LEDGER_NAME
+from lora_merge.ledger import Certificate, Contribution, Ledger
+
+RANK_THAT_SERVERS_TAKE = 512
+Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A finished merge: where it lies, its record, and what the user should know of it."""
+
+    output: Path
+    ledger: Ledger
+    warnings: Sequence[str]
+
+
+def aggregate(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    method: str = "exact",
+    rank: Rank | None = None,
+    energy: float | None = None,
+    weights: Weights = "examples",
+    global_lr: float = 1.0,
+    base: str | Path | None = None,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    certificate: CertificateMode | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress = lambda what, total: nullcontext(lambda steps: None),
+) -> Aggregation:
+    """Merge the adapters in `sources` (folders, or globs of them) into the PEFT folder `output`.
+
+    Args:
+        method: a name in `lora_merge.aggregation.methods.METHODS`.
+        rank: of `svd`: a number, `auto` (the default) or `lossless`.
+        energy: of `auto`: the share of the squared norm to keep, 0.99 by default.
+        weights: `examples`, `uniform`, or a number for every client by its id or source.
+        global_lr: alpha, the factor on the mean update.
+        base: the base model's folder or cached repository id; read only where the answer needs it.
+        dtype: of the written tensors: fp32, bf16 or fp16. The arithmetic is fp32 at least.
+        device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA where present.
+        certificate: `exact`, `probes` or `off`; None chooses by size.
+        workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
+        force: replace what is at `output`.
+        progress: called with a label and a number of steps; yields a function that advances by steps.
+
+    Raises:
+        UsageError: an option is wrong, or `output` exists.
+        RefusedError: clients are refused; with every problem of all of them. Nothing is written.
+        NotFoundError: a source names nothing.
+        MissingBaseError: the mean needs base tensors that are not at hand.
+        StorageError: the disk is full or not writable.
+
+    Example:
+        >>> aggregate(["client-1", "client-2"], "global", weights="uniform")  # doctest: +SKIP
+    """
+    output = Path(output)
+    settings = _settings(method, rank, energy, dtype, certificate)
+    if not (math.isfinite(global_lr) and global_lr > 0):
+        raise UsageError(f"--global-lr must be a finite number above 0, is {global_lr}.")
+    check_free(output, force=force)
+    with accepted(sources) as folders:
+        federation = federation_of(folders, weights, global_lr, base, _device(device))
+        with pool(workers) as threads, atomic_folder(output, force=force) as work:
+            hashes = threads.map(PeftFolder.sha256, folders.values())
+            merges, measured = _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            contributions = _contributions(federation, folders, hashes)
+            ledger = _ledger(federation, folders, settings, weights, contributions, measured)
+            _write_records(work, ledger, folders, merges)
+            _require_unchanged(folders)
+        return Aggregation(output, ledger, [*claim_warnings(folders), *_rank_warning(ledger)])
+
+
+def _settings(
+    method: str, rank: Rank | None, energy: float | None, dtype: str, certificate: CertificateMode | None
+) -> Settings:
+    for name, value, choices in (("method", method, METHODS), ("dtype", dtype, merge.DTYPES)):
+        if value not in choices:
+            raise UsageError(f"--{name} must be one of {', '.join(choices)}, is {value!r}.")
+    if certificate not in (None, "exact", "probes", "off"):
+        raise UsageError(f"--certificate must be exact, probes or off, is {certificate!r}.")
+    if method != "svd" and (rank is not None or energy is not None):
+        raise UsageError("--rank and --energy are of --method svd.", hint="Add --method svd.")
+    if energy is not None and (rank not in (None, "auto") or not 0 < energy <= 1):
+        raise UsageError("--energy is a share above 0 and up to 1, for --rank auto only.")
+    if rank is not None and rank not in ("auto", "lossless") and not (isinstance(rank, int) and rank >= 1):
+        raise UsageError(f"--rank must be a number from 1 up, auto or lossless, is {rank!r}.")
+    options = Options(rank=rank or "auto", energy=Options.energy if energy is None else energy)
+    return Settings(method, options, dtype, certificate)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"There is no CUDA device {name} here.", hint="Use --device cpu.")
+    return device
+
+
+def _merge(
+    federation: Federation, settings: Settings, path: Path, threads: ThreadPoolExecutor, progress: Progress
+) -> tuple[list[Merge], list[Measured]]:
+    try:
+        merges = merge.plan(federation, settings, threads)
+        with progress("Merging", len(merges)) as advance:
+            return merges, merge.write(merges, settings, path, threads, advance)
+    except RefusedError as error:
+        # One tensor was refused; before saying so, look at all the others too.
+        raise RefusedError([*error.problems, *merge.value_problems(federation, threads)]) from None
+
+
+def _contributions(
+    federation: Federation, folders: Mapping[str, PeftFolder], hashes: Iterable[dict[str, str]]
+) -> list[Contribution]:
+    return [
+        Contribution(
+            client_id=client.id,
+            weight=client.n,
+            share=client.n / federation.total,
+            num_examples=statement.num_examples if statement else None,
+            sha256=sha256,
+            recipe=asdict(statement.recipe) if statement and statement.recipe else None,
+        )
+        for client, sha256 in zip(federation.clients, hashes, strict=True)
+        for statement in [folders[client.id].statement]
+    ]
+
+
+def _ledger(
+    federation: Federation,
+    folders: Mapping[str, PeftFolder],
+    settings: Settings,
+    weights: Weights,
+    contributions: list[Contribution],
+    measured: list[Measured],
+) -> Ledger:
+    options = asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed}
+    return Ledger(
+        method=settings.method,
+        options=options,
+        global_lr=federation.alpha,
+        weighting=weights if isinstance(weights, str) else "given",
+        total_weight=federation.total,
+        base_model=agreed_base_model(folders),
+        contributions=contributions,
+        certificate=_certificate(measured, settings),
+        forms=dict(sorted(Counter(module.form for module in measured).items())),
+        ranks=sorted({module.r for module in measured if module.r is not None}),
+        dtype=settings.dtype,
+        device=str(federation.device),
+        versions={
+            "lora-merge": importlib.metadata.version("lora-merge"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _certificate(measured: list[Measured], settings: Settings) -> Certificate:
+    errors = {module.name: module.error for module in measured if module.error is not None}
+    if settings.certificate == "off":
+        return Certificate("off")
+    by = {"probes" if error.probes else "exact" for error in errors.values()}
+    low_rank = [module for module in measured if module.r is not None]
+    gaps = [module.fedavg for module in low_rank if module.fedavg is not None]
+    return Certificate(
+        measured_by=" and ".join(sorted(by)) or "off",
+        whole=relative_error(errors.values()).to_json() if errors else None,
+        modules={name: relative_error([error]).to_json() for name, error in errors.items()},
+        not_measured=[module.name for module in measured if module.error is None],
+        fedavg_would_miss=relative_error(gaps).to_json() if gaps and len(gaps) == len(low_rank) else None,
+    )
+
+
+def _write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder], merges: list[Merge]) -> None:
+    configs = [folder.config for folder in folders.values()]
+    modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
+    tokens = _tokens(folders)
+    config = merged_config(configs, modules, tokens) | {"base_model_name_or_path": ledger.base_model}
+    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (work / LEDGER_NAME).write_text(ledger.to_json())
+    local = ledger.base_model is not None and is_local(ledger.base_model)
+    (work / "README.md").write_text(card(ledger, task_type=config["task_type"], base_is_local=local))
+
+
+def _tokens(folders: Mapping[str, PeftFolder]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = {}
+    for folder in folders.values():
+        for name, spec in folder.specs.items():
+            if isinstance(spec, TokenSpec):
+                found.setdefault(name.removesuffix(TOKEN_SUFFIX), set()).update(spec.indices)
+    return {name: tuple(sorted(indices)) for name, indices in found.items()}
+
+
+def _require_unchanged(folders: Mapping[str, PeftFolder]) -> None:
+    changed = [client for client, folder in folders.items() if not folder.file.unchanged()]
+    if changed:
+        raise StorageError(f"Files changed while they were being read: {', '.join(changed)}.", hint="Run it again.")
+
+
+def _rank_warning(ledger: Ledger) -> list[str]:
+    if max(ledger.ranks, default=0) <= RANK_THAT_SERVERS_TAKE:
+        return []
+    return [
+        f"the rank is {max(ledger.ranks)}; servers refuse adapters above {RANK_THAT_SERVERS_TAKE}. "
+        "For a smaller one, with its distance from the mean: --method svd --rank 64 (or --rank auto)."
+    ]
