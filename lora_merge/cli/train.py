@@ -39,13 +39,15 @@ def train(
     out = Output(as_json, quiet, debug)
     with out.reporting(resume="The same command with --resume goes on from the last checkpoint."):
         from lora_merge.recipe import load
-        from lora_merge.training.job import Job
+        from lora_merge.training.job import Job, check_job
 
         loaded = load(recipe, set_ or [])
-        script: Script = context.obj or _script(loaded)
-        _hush()
         with _steps(out) as on_step:
-            trained = script(loaded, Job(data, client_id, output, base, device, resume, force, out.say, on_step))
+            job = Job(data, client_id, output, base, device, resume, force, out.say, on_step)
+            check_job(job)  # the script does so too; here it takes no seconds of imports
+            script: Script = context.obj or _script(loaded)
+            _hush()
+            trained = script(loaded, job)
         out.result(_record(trained), made=str(trained.output), show=lambda: plain(_summary(trained)))
 
 
