@@ -57,6 +57,8 @@ def _one_base_model(clients: Clients) -> Iterator[Problem]:
         return  # the same weights, whatever they are called
     names = {name: c.config.base_model for name, c in clients.items() if c.config.base_model}
     repositories = {name: base for name, base in names.items() if not is_local(base)}
+    stated = {name: c.statement.base_model.repo for name, c in clients.items() if c.statement}
+    yield from _minority({n: repo for n, repo in stated.items() if repo}, "base_model.repo", "states another base than")
     yield from _minority(repositories, "base_model_name_or_path", "names another base model than")
 
 

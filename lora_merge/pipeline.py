@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 
 from lora_merge.adapter import TokenSpec
-from lora_merge.aggregation.certificate import relative_error
+from lora_merge.aggregation.certificate import SquaredError, relative_error
 from lora_merge.aggregation.methods import METHODS, Options, Rank
 from lora_merge.aggregation.schedule import Advance, pool
 from lora_merge.aggregation.weights import Weights
@@ -25,7 +25,7 @@ from lora_merge.checkpoint import merge
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
-from lora_merge.checkpoint.merge import CertificateMode, FactorsMerge, Measured, Merge, Settings
+from lora_merge.checkpoint.merge import CertificateMode, FactorsMerge, FullMerge, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.errors import RefusedError, StorageError, UsageError
@@ -91,8 +91,10 @@ def aggregate(
     """
     output = Path(output)
     settings = _settings(method, rank, energy, dtype, certificate)
-    if not (math.isfinite(global_lr) and global_lr > 0):
-        raise UsageError(f"--global-lr must be a finite number above 0, is {global_lr}.")
+    if not _is_number(global_lr) or not 0 < global_lr < math.inf:
+        raise UsageError(f"--global-lr must be a finite number above 0, is {global_lr!r}.")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be 1 or more, is {workers}.")
     check_free(output, force=force)
     with accepted(sources) as folders:
         federation = federation_of(folders, weights, global_lr, base, _device(device))
@@ -116,12 +118,16 @@ def _settings(
         raise UsageError(f"--certificate must be exact, probes or off, is {certificate!r}.")
     if method != "svd" and (rank is not None or energy is not None):
         raise UsageError("--rank and --energy are of --method svd.", hint="Add --method svd.")
-    if energy is not None and (rank not in (None, "auto") or not 0 < energy <= 1):
+    if energy is not None and (rank not in (None, "auto") or not _is_number(energy) or not 0 < energy <= 1):
         raise UsageError("--energy is a share above 0 and up to 1, for --rank auto only.")
-    if rank is not None and rank not in ("auto", "lossless") and not (isinstance(rank, int) and rank >= 1):
+    if rank not in (None, "auto", "lossless") and not (type(rank) is int and rank >= 1):
         raise UsageError(f"--rank must be a number from 1 up, auto or lossless, is {rank!r}.")
     options = Options(rank=rank or "auto", energy=Options.energy if energy is None else energy)
     return Settings(method, options, dtype, certificate)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _device(name: str) -> torch.device:
@@ -206,18 +212,23 @@ def _certificate(measured: list[Measured], settings: Settings) -> Certificate:
     gaps = [module.fedavg for module in low_rank if module.fedavg is not None]
     return Certificate(
         measured_by=" and ".join(sorted(by)) or "off",
-        whole=relative_error(errors.values()).to_json() if errors else None,
-        modules={name: relative_error([error]).to_json() for name, error in errors.items()},
+        whole=_as_json(errors.values()),
+        modules={name: part for name, error in errors.items() if (part := _as_json([error])) is not None},
         not_measured=[module.name for module in measured if module.error is None],
-        fedavg_would_miss=relative_error(gaps).to_json() if gaps and len(gaps) == len(low_rank) else None,
+        fedavg_would_miss=_as_json(gaps) if len(gaps) == len(low_rank) else None,
     )
+
+
+def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
+    relative = relative_error(errors)
+    return None if relative is None else relative.to_json()
 
 
 def _write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder], merges: list[Merge]) -> None:
     configs = [folder.config for folder in folders.values()]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
-    tokens = _tokens(folders)
-    config = merged_config(configs, modules, tokens) | {"base_model_name_or_path": ledger.base_model}
+    whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
+    config = merged_config(configs, modules, _tokens(folders), whole) | {"base_model_name_or_path": ledger.base_model}
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     (work / LEDGER_NAME).write_text(ledger.to_json())
     local = ledger.base_model is not None and is_local(ledger.base_model)

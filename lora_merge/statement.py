@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 20
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _HEX = re.compile(r"[0-9a-f]{40,64}")
-_PLAIN = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 
 
 class StatementError(ValueError):

@@ -44,12 +44,12 @@ class RelativeError:
         return data
 
 
-def relative_error(parts: Iterable[SquaredError]) -> RelativeError:
-    """The parts together, as one relative error. Nothing merged at all counts as no error."""
+def relative_error(parts: Iterable[SquaredError]) -> RelativeError | None:
+    """The parts together, as one relative error; None where M is zero, so that nothing is relative to it."""
     parts = list(parts)
     error, norm = sum(part.error for part in parts), sum(part.norm for part in parts)
     if norm == 0:
-        return RelativeError(0.0 if error == 0 else math.inf, None)
+        return None
     value = math.sqrt(error / norm)
     if not any(part.probes for part in parts):
         return RelativeError(value, None)

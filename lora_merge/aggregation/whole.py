@@ -30,12 +30,14 @@ class Value:
         total: N, the sum of all clients' weights.
         alpha: the global learning rate.
         base: reads W0, where it is at hand.
+        frozen: whether the clients hold it as a copy of the base's, saved along with an update and never trained.
     """
 
     shares: Sequence[ValueShare]
     total: float
     alpha: float = 1.0
     base: Callable[[], Tensor] | None = None
+    frozen: bool = False
 
     @property
     def rest(self) -> float:
@@ -45,14 +47,14 @@ class Value:
     @property
     def needs_base(self) -> bool:
         """Whether the clients alone do not determine the mean: one lacks the tensor, or alpha is not 1."""
+        if self.frozen and self._common() is not None:
+            return False
         return self.alpha != 1 or sum(share.n for share in self.shares) != self.total
 
     def mean(self) -> Tensor:
         """W0 + alpha sum p_i (W_i - W0), fp32. Where all clients hold the same bits, those bits."""
-        if not self.needs_base:
-            first = self.shares[0].read()
-            if all(torch.equal(share.read(), first) for share in self.shares[1:]):
-                return first
+        if not self.needs_base and (common := self._common()) is not None:
+            return common
         mean: Tensor | None = None
         for share in self.shares:
             mean = accumulate(mean, share.read(), self.alpha * share.n / self.total)
@@ -64,6 +66,8 @@ class Value:
 
     def squared_error(self, written: Tensor) -> tuple[float, float] | None:
         """|written - mean|^2 and |mean - W0|^2 in fp64; None where W0 is not at hand to tell the update's size."""
+        if self.frozen and (common := self._common()) is not None:
+            return float((written.double() - common.double()).square().sum()), 0.0
         if self.base is None:
             return None
         base = self.base().double().reshape(written.shape)
@@ -71,6 +75,11 @@ class Value:
         for share in self.shares:
             update += (share.read().double() - base) * (self.alpha * share.n / self.total)
         return float((written.double() - base - update).square().sum()), float(update.square().sum())
+
+    def _common(self) -> Tensor | None:
+        """The clients' value where all that have one hold the same bits."""
+        first = self.shares[0].read()
+        return first if all(torch.equal(share.read(), first) for share in self.shares[1:]) else None
 
 
 def rows_by_token(indices: Sequence[Mapping[int, int]]) -> dict[int, list[tuple[int, int]]]:

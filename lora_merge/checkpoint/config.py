@@ -44,7 +44,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 T = TypeVar("T")
 
 _PATTERN_KEY = re.compile(r"[A-Za-z0-9._-]{1,512}")
-_TEXT = re.compile(r"[^\x00-\x1f\x7f]{1,512}")
+_TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}")
 
 
 @dataclass(frozen=True)

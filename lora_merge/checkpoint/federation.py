@@ -74,7 +74,7 @@ class Federation:
         shares = [ValueShare(client.n, partial(self._full, client, name)) for client in self._having(name)]
         base = self.base if self.base is not None and self.base.has(base_name(name)) else None
         read = None if base is None else partial(base.tensor, base_name(name))
-        return Value(shares, self.total, self.alpha, read)
+        return Value(shares, self.total, self.alpha, read, frozen=name.endswith(".base_layer.weight"))
 
     def token_values(self, name: str) -> dict[int, Value]:
         """Each row of an embedding that some client trained, by token. Reads the clients' rows."""

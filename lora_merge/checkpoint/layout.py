@@ -136,7 +136,17 @@ def find_updates(
                 found.update(_whole(name, entry, lora, config, sum(map(_is_token_rows, entries))))
             except FileRefused as problem:
                 problems.append(problem)
-    return found, problems
+    return found, problems + list(_missing(found, config))
+
+
+def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:
+    """What the config says was trained and the file does not hold. (PEFT names absent modules_to_save by habit.)"""
+    if config.trainable_token_indices and not any(isinstance(s.spec, TokenSpec) for s in found.values()):
+        yield FileRefused("trainable_token_indices", "names tokens, but the file holds no rows for them")
+    for target in config.target_parameters:
+        one = AdapterConfig(target_parameters=(target,))
+        if not any(isinstance(s.spec, FactorsSpec) and any(parameters_of(name, one)) for name, s in found.items()):
+            yield FileRefused("target_parameters", f"names {target}, but the file holds no update of it")
 
 
 def _factors(module: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], config: AdapterConfig) -> Stored:
@@ -194,6 +204,11 @@ def _rank_and_scaling(module: str, layout: Layout, rows: int, config: AdapterCon
     return r, scaling
 
 
+def names_part(tensor: str, part: str) -> bool:
+    """Whether `tensor` belongs to a module that `modules_to_save: [part]` means."""
+    return f".{part}." in f".{tensor}."
+
+
 def owner_of(module: str) -> str:
     """The module that the config names; PEFT's wrappers put `.base_layer` below it."""
     return module.partition(".base_layer")[0]
@@ -219,11 +234,11 @@ def _whole(
         if entry.shape != (len(spec.indices), spec.d):
             raise FileRefused(name, f"has the shape {entry.shape} for {len(spec.indices)} token indices")
         return {module + TOKEN_SUFFIX: Stored(spec, value)}
-    owner = name.removesuffix(".base_layer.weight")
-    saved_with_embedding = owner != name and ".lora_embedding_A" in lora.get(owner, ())
+    # PEFT saves the weights of embeddings and output layers along with their LoRA, since they may have been resized.
+    saved_with_lora = name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in lora
     trained_bias = config.bias != "none" and name.endswith(".bias")
-    trained_whole = any(f".{part}." in f".{name}." for part in config.modules_to_save)
-    if not (saved_with_embedding or trained_bias or trained_whole):
+    trained_whole = any(names_part(name, part) for part in config.modules_to_save)
+    if not (saved_with_lora or trained_bias or trained_whole):
         raise FileRefused(name, "is a tensor that the config does not account for")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.
     return {name.replace(".base_layer.bias", ".bias"): Stored(FullSpec(entry.shape), value)}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
 from lora_merge.checkpoint.config import AdapterConfig, first_match
-from lora_merge.checkpoint.layout import lora_r, owner_of, parameters_of
+from lora_merge.checkpoint.layout import lora_r, names_part, owner_of, parameters_of
 from lora_merge.checkpoint.safetensors_file import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class SafetensorsWriter:
 
 
 def merged_config(
-    clients: Sequence[AdapterConfig], modules: Mapping[str, FactorsSpec], tokens: Mapping[str, tuple[int, ...]]
+    clients: Sequence[AdapterConfig],
+    modules: Mapping[str, FactorsSpec],
+    tokens: Mapping[str, tuple[int, ...]],
+    whole: Sequence[str],
 ) -> dict[str, Any]:
     """adapter_config.json of the merged adapter: every module with its own rank and alpha, nothing left to a default.
 
@@ -59,6 +63,7 @@ def merged_config(
         clients: the clients' configs, already known to agree.
         modules: the written updates' shapes, by module.
         tokens: the trained token indices, by embedding module.
+        whole: the names of the full tensors that are written.
     """
     # Parts of a wrapped module (nested experts, MultiheadAttention's out_proj) follow the module that the config names.
     specs = {name: spec for name, spec in modules.items() if owner_of(name) == name or _is_experts(spec)}
@@ -81,9 +86,16 @@ def merged_config(
         "lora_alpha": alpha,
         "rank_pattern": _pattern({target: rank for target, (rank, _) in settings.items()}, r),
         "alpha_pattern": _pattern({target: scale for target, (_, scale) in settings.items()}, alpha),
-        "target_modules": targets,
+        # PEFT takes a name in a list for every module whose name ends in it, which a name without a dot may not stand;
+        # a text it takes for a pattern of the whole name.
+        "target_modules": targets if all("." in name for name in targets) else "|".join(map(re.escape, targets)),
         "target_parameters": parameters or None,
-        "modules_to_save": sorted({name for config in clients for name in config.modules_to_save}) or None,
+        "modules_to_save": sorted(
+            part
+            for part in {name for config in clients for name in config.modules_to_save}
+            if any(names_part(name, part) for name in whole)  # PEFT demands a tensor for each module it is told to save
+        )
+        or None,
         "trainable_token_indices": {name: list(indices) for name, indices in sorted(tokens.items())} or None,
         "bias": next((kind for kind in ("all", "lora_only") if any(c.bias == kind for c in clients)), "none"),
         "fan_in_fan_out": any(config.fan_in_fan_out for config in clients),

@@ -5,16 +5,20 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_merge.errors import NotFoundError
+from lora_merge.errors import NotFoundError, UsageError
 
 
 def find_folders(sources: Sequence[str | Path]) -> list[Path]:
-    """The folders that `sources` name, each once: folders, or globs of them.
+    """The folders that `sources` name: folders, or globs of them.
 
     Raises:
         NotFoundError: a source names nothing; with near misses.
+        UsageError: a folder is given twice, which would count it twice.
     """
-    found = {folder.resolve(): folder for source in sources for folder in _expand(str(source))}
+    found: dict[Path, Path] = {}
+    for folder in (folder for source in sources for folder in _expand(str(source))):
+        if (first := found.setdefault(folder.resolve(), folder)) is not folder:
+            raise UsageError(f"{folder} is given twice" + (f", as {first} too." if first != folder else "."))
     return list(found.values())
 
 
