@@ -4,6 +4,8 @@ A `Kind` is one way of fine-tuning a tiny base, and the clients that did it; `KI
 for each kind, where it surprises, is said beside the kind.
 """
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_merge.statement import FILE_NAME as STATEMENT
 from lora_merge.statement import BaseModel, Statement
 from tests import models
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def save(model: Any, folder: Path, *, num_examples: int | None = 10, client_id: 
             base_model=BaseModel(repo="org/tiny"),
             num_examples=num_examples,
         )
-        (folder / "lora_merge.json").write_text(statement.to_json())
+        (folder / STATEMENT).write_text(statement.to_json())
     return folder
 
 
@@ -147,7 +154,7 @@ KINDS: Sequence[Kind] = (
             Client({"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"]}, torch.bfloat16, 10),
             Client({"r": 5, "lora_alpha": 1, "target_modules": "all-linear"}, torch.float16, 30),
             Client({"r": 3, "target_modules": r".*layers\.1\..*(gate|up|down)_proj"}, torch.float32, 5),
-            Client({"target_modules": ["v_proj", "lm_head"], "layers_to_transform": [0]}, num_examples=7),
+            Client({"target_modules": ["v_proj", "down_proj"], "layers_to_transform": [0]}, num_examples=7),
         ),
     ),
     Kind(
@@ -164,11 +171,12 @@ KINDS: Sequence[Kind] = (
     Kind(
         "embedding",
         models.llama,
-        clients(
-            {"target_modules": ["embed_tokens", "lm_head"]},
-            {"target_modules": ["embed_tokens", "q_proj"], "r": 3},
-            common=CAUSAL,
-        ),
+        clients({}, {"r": 3}, common={"target_modules": ["embed_tokens", "lm_head"], **CAUSAL}),
+    ),
+    Kind(
+        "embedding that some lack",
+        models.llama,
+        clients({"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}, ATTENTION),
     ),
     # GPT-2's wte is not a name that PEFT knows as an embedding: no base_layer.weight; its tied head does not move.
     Kind(
@@ -223,6 +231,12 @@ KINDS: Sequence[Kind] = (
         clients(
             {}, {"r": 2}, common={"target_modules": ["square", "point", "line"], "modules_to_save": ["classifier"]}
         ),
+    ),
+    # PEFT names both "classifier" and "score" in the config of every sequence classifier, which has one of them.
+    Kind(
+        "sequence classification",
+        models.classifier,
+        clients({}, {"r": 2}, common={**ATTENTION, "task_type": "SEQ_CLS"}),
     ),
     Kind(
         "modules_to_save that some lack",
@@ -297,6 +311,17 @@ KINDS: Sequence[Kind] = (
                 "target_modules": ["q_proj"],
                 "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             },
+        ),
+    ),
+    # Both target_modules and the patterns match by suffix, so "proj" alone would catch "block.proj" too.
+    Kind("a name that another one ends in", models.nested, clients({}, {"r": 2}, common={"target_modules": r"proj"})),
+    Kind(
+        "names that end in each other, with ranks and scalings of their own",
+        models.nested,
+        clients(
+            {"target_modules": r"proj", "r": 2},
+            {"target_modules": ["block.proj"]},
+            {"target_modules": ["proj", "last"]},
         ),
     ),
     # in_proj's LoRA is X.lora_A and out_proj's is X.base_layer.out_proj.lora_A; PEFT makes both from X's r and alpha.
@@ -393,3 +418,30 @@ EXACT_OR_REFUSED: Sequence[Kind] = (
         needs_base=True,
     ),
 )
+
+
+def edited(
+    source: Path,
+    folder: Path,
+    *,
+    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    client_id: str | None = None,
+) -> Path:
+    """A copy of an adapter folder with its tensors passed through `tensors` and its config updated.
+
+    Without `client_id` the copy claims the id `org/<folder's name>`.
+    """
+    shutil.copytree(source, folder)
+    if tensors is not None:
+        save_file(tensors(load_file(source / WEIGHTS)), folder / WEIGHTS)
+    if config is not None:
+        rewrite_json(folder / CONFIG, config)
+    if (folder / STATEMENT).exists():
+        rewrite_json(folder / STATEMENT, {"client_id": client_id or f"org/{folder.name}"})
+    return folder
+
+
+def rewrite_json(path: Path, changes: Mapping[str, Any]) -> None:
+    """Update the entries of a JSON object in place."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -5,16 +5,25 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
-from tests.adapters import Federation, Kind, federation
+from tests.adapters import PLAIN, Federation, Kind, federation
+
+Federations: TypeAlias = Callable[[Kind], Federation]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of a folder, by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="session")
-def federations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Federation]:
+def federations(tmp_path_factory: pytest.TempPathFactory) -> Federations:
     """`federations(kind)`: the folders of a kind's base and clients. Read them; copy before you change one."""
     made: dict[str, Federation] = {}
 
@@ -27,8 +36,6 @@ def federations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Fe
 
 
 @pytest.fixture
-def plain(federations: Callable[[Kind], Federation]) -> tuple[Path, ...]:
+def plain(federations: Federations) -> tuple[Path, ...]:
     """The folders of three plain LoRA clients of one shape."""
-    from tests.adapters import PLAIN
-
     return federations(PLAIN).clients

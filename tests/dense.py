@@ -126,3 +126,11 @@ def delta_weights(kind: Kind, folder: Path) -> dict[str, Tensor]:
     start = base_model(kind).state_dict()
     moved = merged_weights(loaded(kind, folder))
     return {name: moved[name] - start[name] for name in start if not torch.equal(moved[name], start[name])}
+
+
+def mean_deltas(kind: Kind, folders: Sequence[Path]) -> dict[str, Tensor]:
+    """sum p_i (W_i - W0) of every tensor that some client moves, p_i by the kind's examples."""
+    deltas = [delta_weights(kind, folder) for folder in folders]
+    names = sorted({name for delta in deltas for name in delta})
+    terms = {name: [p * d[name] for p, d in zip(kind.weights, deltas, strict=True) if name in d] for name in names}
+    return {name: torch.stack(parts).sum(dim=0) for name, parts in terms.items()}

@@ -29,6 +29,24 @@ def llama() -> nn.Module:
     return seeded(lambda: LlamaForCausalLM(config))
 
 
+def classifier() -> nn.Module:
+    """A one-layer Llama with a head of five classes."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        num_labels=5,
+        pad_token_id=0,
+    )
+    return seeded(lambda: LlamaForSequenceClassification(config))
+
+
 def gpt2() -> nn.Module:
     """A two-layer GPT-2: Conv1D layers, and lm_head tied to wte, as in the real one."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -103,6 +121,18 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Nested(nn.Module):
+    """A module called proj, and another whose name ends in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+        self.block = nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH), "last": nn.Linear(WIDTH, 5)})
+
+    def forward(self, x: Tensor) -> Tensor:  # x: (batch, WIDTH)
+        return self.block["last"](torch.tanh(self.block["proj"](torch.tanh(self.proj(x)))))
+
+
 class Wrapped(nn.Module):
     """Experts inside a model, so that `target_parameters` has a module path to name."""
 
@@ -126,6 +156,10 @@ def experts() -> nn.Module:
 
 def attention() -> nn.Module:
     return seeded(Attention)
+
+
+def nested() -> nn.Module:
+    return seeded(Nested)
 
 
 def seeded(build: Any) -> nn.Module:
@@ -154,7 +188,7 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         if hasattr(base, "config"):
             return model(input_ids=token_ids()).logits
-        shapes = {Convolutions: (4, 3, 8, 8), Attention: (4, 6, WIDTH), Wrapped: (16, WIDTH)}
+        shapes = {Convolutions: (4, 3, 8, 8), Attention: (4, 6, WIDTH), Wrapped: (16, WIDTH), Nested: (16, WIDTH)}
         return model(torch.randn(shapes[type(base)], generator=generator).to(dtype))
 
 

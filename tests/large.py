@@ -1,0 +1,90 @@
+"""Adapters large enough that a merge takes a while and torch would use threads; written without PEFT, run in children.
+
+`python -m tests.large ROOT` forks a child for each line of standard input (JSON: `output`, `method`) that merges
+ROOT/client-* into `output`, and answers with how it ended. The child is killed `after` so many seconds, or when it
+touches a file for the `die_at`-th time.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MODULES, WIDTH, RANK, CLIENTS = 12, 512, 16, 4
+
+
+def write_clients(root: Path) -> list[Path]:
+    """Four clients with twelve 512 x 512 modules of rank 16."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lora_merge.statement import Statement
+
+    folders = []
+    for client in range(CLIENTS):
+        folder = root / f"client-{client}"
+        folder.mkdir(parents=True)
+        generator = torch.Generator().manual_seed(client)
+        tensors = {}
+        for module in range(MODULES):
+            name = f"base_model.model.layers.{module}.proj"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, WIDTH, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(WIDTH, RANK, generator=generator)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        statement = Statement(client_id=f"org/client-{client}", num_examples=10 + client)
+        (folder / "lora_merge.json").write_text(statement.to_json())
+        folders.append(folder)
+    return folders
+
+
+def die_at(count: int, root: Path) -> None:
+    """Kill this process at the `count`-th time that it touches a file under `root`."""
+    seen = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event.startswith(("open", "os.", "shutil.", "fcntl.")) and str(root) in str(arguments):
+            seen += 1
+            if seen == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def merge(root: Path, request: dict[str, Any]) -> None:
+    """What a child does."""
+    from lora_merge import aggregate
+
+    if request.get("die_at"):
+        die_at(request["die_at"], root)
+    options = {"rank": 16} if request["method"] == "svd" else {}
+    aggregate(sorted(root.glob("client-*")), Path(request["output"]), method=request["method"], **options)
+
+
+def serve(root: Path) -> None:
+    """Fork one child for each request; the imports are paid once, before the first."""
+    from lora_merge import aggregate  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                merge(root, request)
+                code = 0
+            finally:
+                os._exit(code)
+        if "after" in request:
+            time.sleep(request["after"])
+            os.kill(pid, signal.SIGKILL)  # a child that has ended is still there, until waited for
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
