@@ -60,10 +60,20 @@ def weight_files(folder: Path) -> list[Path]:
     """
     names = {"model.safetensors"}
     if (folder / _INDEX).is_file():
-        names = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names = _indexed(folder / _INDEX)
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise UsageError(f"{folder}: the weights lack {', '.join(missing)[:200]}; only safetensors are read.")
     return [folder / name for name in sorted(names)]
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index} is not an index of weights.") from error
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise UsageError(f"{index}: the index names files outside its folder, or none.")
+    return names
 
 
 def weights_sha256(folder: Path) -> str:

@@ -68,9 +68,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     with _interrupts(clock, job.tell):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if clock.interrupted:
-        raise KeyboardInterrupt
     state = trainer.state
+    if clock.interrupted and state.global_step < state.max_steps:
+        raise KeyboardInterrupt
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return Fitted(
         steps=state.global_step,
