@@ -1,0 +1,66 @@
+"""`lora-merge recipes`: what it prints, and its exit codes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_merge.cli.main import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("list")`: exit code, stdout and stderr of `lora-merge recipes list`."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora-merge", "recipes", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def parsed(text: str) -> Any:
+    return json.loads(text)
+
+
+def test_list_names_every_recipe_with_its_digest(run: Run) -> None:
+    code, out, _ = run("list", "--json")
+    listed = {entry["name"]: entry["digest"] for entry in parsed(out)["recipes"]}
+    assert code == 0
+    assert {"laptop", "paper-tinyllama", "paper-gemma-2b", "paper-llama-7b", "paper-llama-13b"} == set(listed)
+    assert run("list", "-q")[1].split() == sorted(listed)
+    table = run("list")[1]
+    assert all(name in table and digest[:12] in table for name, digest in listed.items())
+
+
+def test_show_prints_the_file_itself_and_its_digest(run: Run) -> None:
+    from lora_merge.recipe import find, load
+
+    code, out, _ = run("show", "laptop")
+    assert code == 0
+    assert out == f"{find('laptop').read_text(encoding='utf-8').rstrip()}\n\n# digest {load('laptop').digest}\n"
+    assert parsed(run("show", "laptop", "--json")[1])["settings"]["steps"] == 24
+
+
+def test_copy_makes_the_files_and_refuses_to_overwrite(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("copy", "laptop", str(tmp_path / "ours"))
+    assert (code, out.split()) == (0, [str(tmp_path / "ours" / name) for name in ("laptop.yaml", "text.py")])
+    code, out, err = run("copy", "laptop", str(tmp_path / "ours"))
+    assert (code, out) == (2, "")
+    assert "Already there" in err
+    assert run("copy", "laptop", str(tmp_path / "ours"), "--force")[0] == 0
+
+
+def test_an_unknown_recipe_is_exit_4_with_the_nearest_name(run: Run) -> None:
+    for command in ("show", "copy"):
+        code, out, _ = run(command, "labtop", "--json")
+        assert code == 4
+        assert "did you mean laptop" in parsed(out)["error"]["message"]
