@@ -1,37 +1,29 @@
 """The corridor of `lora-merge aggregate`: sources, to adapters, to one folder."""
 
-import importlib.metadata
-import json
 import math
-import platform
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
-from lora_merge.adapter import TokenSpec
-from lora_merge.aggregation.certificate import SquaredError, relative_error
-from lora_merge.aggregation.methods import METHODS, Options, Rank
+from lora_merge.aggregation.methods import METHODS
+from lora_merge.aggregation.registry import Options, Rank
 from lora_merge.aggregation.schedule import Advance, pool
 from lora_merge.aggregation.weights import Weights
-from lora_merge.agreement import agreed_base_model, claim_warnings, is_local
-from lora_merge.card import card
+from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint import merge
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
-from lora_merge.checkpoint.layout import TOKEN_SUFFIX
-from lora_merge.checkpoint.merge import CertificateMode, FactorsMerge, FullMerge, Measured, Merge, Settings
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, PeftFolder
-from lora_merge.checkpoint.writer import merged_config
+from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
+from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
 from lora_merge.errors import RefusedError, StorageError, UsageError
 from lora_merge.intake import accepted, federation_of
-from lora_merge.ledger import FILE_NAME as LEDGER_NAME
-from lora_merge.ledger import Certificate, Contribution, Ledger
+from lora_merge.provenance import contributions_of, ledger_of, write_records
+from lora_merge.ledger import Ledger
 
 RANK_THAT_SERVERS_TAKE = 512
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
@@ -101,9 +93,9 @@ def aggregate(
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
             hashes = threads.map(PeftFolder.sha256, folders.values())
             merges, measured = _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            contributions = _contributions(federation, folders, hashes)
-            ledger = _ledger(federation, folders, settings, weights, contributions, measured)
-            _write_records(work, ledger, folders, merges)
+            contributions = contributions_of(federation, folders, hashes)
+            ledger = ledger_of(federation, folders, settings, weights, contributions, measured)
+            write_records(work, ledger, folders, merges)
             _require_unchanged(folders)
         return Aggregation(output, ledger, [*claim_warnings(folders), *_rank_warning(ledger)])
 
@@ -154,94 +146,6 @@ def _merge(
     except RefusedError as error:
         # One tensor was refused; before saying so, look at all the others too.
         raise RefusedError([*error.problems, *merge.value_problems(federation, threads)]) from None
-
-
-def _contributions(
-    federation: Federation, folders: Mapping[str, PeftFolder], hashes: Iterable[dict[str, str]]
-) -> list[Contribution]:
-    return [
-        Contribution(
-            client_id=client.id,
-            weight=client.n,
-            share=client.n / federation.total,
-            num_examples=statement.num_examples if statement else None,
-            sha256=sha256,
-            recipe=asdict(statement.recipe) if statement and statement.recipe else None,
-        )
-        for client, sha256 in zip(federation.clients, hashes, strict=True)
-        for statement in [folders[client.id].statement]
-    ]
-
-
-def _ledger(
-    federation: Federation,
-    folders: Mapping[str, PeftFolder],
-    settings: Settings,
-    weights: Weights,
-    contributions: list[Contribution],
-    measured: list[Measured],
-) -> Ledger:
-    options = asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed}
-    return Ledger(
-        method=settings.method,
-        options=options,
-        global_lr=federation.alpha,
-        weighting=weights if isinstance(weights, str) else "given",
-        total_weight=federation.total,
-        base_model=agreed_base_model(folders),
-        contributions=contributions,
-        certificate=_certificate(measured, settings),
-        forms=dict(sorted(Counter(module.form for module in measured).items())),
-        ranks=sorted({module.r for module in measured if module.r is not None}),
-        dtype=settings.dtype,
-        device=str(federation.device),
-        versions={
-            "lora-merge": importlib.metadata.version("lora-merge"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    )
-
-
-def _certificate(measured: list[Measured], settings: Settings) -> Certificate:
-    errors = {module.name: module.error for module in measured if module.error is not None}
-    if settings.certificate == "off":
-        return Certificate("off")
-    by = {"probes" if error.probes else "exact" for error in errors.values()}
-    low_rank = [module for module in measured if module.r is not None]
-    gaps = [module.fedavg for module in low_rank if module.fedavg is not None]
-    return Certificate(
-        measured_by=" and ".join(sorted(by)) or "off",
-        whole=_as_json(errors.values()),
-        modules={name: part for name, error in errors.items() if (part := _as_json([error])) is not None},
-        not_measured=[module.name for module in measured if module.error is None],
-        fedavg_would_miss=_as_json(gaps) if len(gaps) == len(low_rank) else None,
-    )
-
-
-def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
-    relative = relative_error(errors)
-    return None if relative is None else relative.to_json()
-
-
-def _write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder], merges: list[Merge]) -> None:
-    configs = [folder.config for folder in folders.values()]
-    modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
-    whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
-    config = merged_config(configs, modules, _tokens(folders), whole) | {"base_model_name_or_path": ledger.base_model}
-    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    (work / LEDGER_NAME).write_text(ledger.to_json())
-    local = ledger.base_model is not None and is_local(ledger.base_model)
-    (work / "README.md").write_text(card(ledger, task_type=config["task_type"], base_is_local=local))
-
-
-def _tokens(folders: Mapping[str, PeftFolder]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, set[int]] = {}
-    for folder in folders.values():
-        for name, spec in folder.specs.items():
-            if isinstance(spec, TokenSpec):
-                found.setdefault(name.removesuffix(TOKEN_SUFFIX), set()).update(spec.indices)
-    return {name: tuple(sorted(indices)) for name, indices in found.items()}
 
 
 def _require_unchanged(folders: Mapping[str, PeftFolder]) -> None:

@@ -30,7 +30,7 @@ def truncate(B: Tensor, A: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Ten
 
 def spectrum(B: Tensor, A: Tensor) -> Tensor:
     """All singular values of each block, E x min(K, d_out, d_in) in fp64, descending."""
-    core = _r_factor(B.double()) @ _r_factor(A.double().mT).mT
+    core = r_factor(B.double()) @ r_factor(A.double().mT).mT
     values: Tensor = torch.linalg.svdvals(core)
     return values
 
@@ -49,7 +49,7 @@ def _by_cores(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     With B = Q_B R_B, A^T = Q_A R_A and R_B R_A^T = U S V^T, the left vectors Q_B U are B R_A^T V / S: so neither Q is
     ever formed, and a rank-deficient factor needs no inverse.
     """
-    R_B, R_A = _r_factor(B), _r_factor(A.mT)
+    R_B, R_A = r_factor(B), r_factor(A.mT)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
     U, S, Vh = U[:, :, :rank], S[:, :rank], Vh[:, :rank]
     noise = S[:, :1] * 1e-14
@@ -59,7 +59,7 @@ def _by_cores(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float(), right.float()
 
 
-def _r_factor(X: Tensor) -> Tensor:
+def r_factor(X: Tensor) -> Tensor:
     """R with R^T R = X^T X: of a QR where X is tall, X itself where it is wide."""
     return torch.linalg.qr(X, mode="r").R if X.shape[1] > X.shape[2] else X
 

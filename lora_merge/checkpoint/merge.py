@@ -16,8 +16,9 @@ from torch import Tensor
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec
 from lora_merge.aggregation import certificate
 from lora_merge.aggregation.certificate import SquaredError
-from lora_merge.aggregation.methods import METHODS, MethodRefused, Options, Plan
+from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.module import Module
+from lora_merge.aggregation.registry import MethodRefused, Options, Plan
 from lora_merge.aggregation.schedule import Advance, over
 from lora_merge.aggregation.whole import Value
 from lora_merge.checkpoint.federation import Federation

@@ -1,0 +1,115 @@
+"""The records of a merge: the ledger, the config that PEFT loads, the card."""
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lora_merge.adapter import TokenSpec
+from lora_merge.aggregation.certificate import SquaredError, relative_error
+from lora_merge.aggregation.weights import Weights
+from lora_merge.agreement import agreed_base_model, is_local
+from lora_merge.card import card
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.layout import TOKEN_SUFFIX
+from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, PeftFolder
+from lora_merge.checkpoint.writer import merged_config
+from lora_merge.ledger import FILE_NAME as LEDGER_NAME
+from lora_merge.ledger import Certificate, Contribution, Ledger
+
+
+def contributions_of(
+    federation: Federation, folders: Mapping[str, PeftFolder], hashes: Iterable[dict[str, str]]
+) -> list[Contribution]:
+    """What each client put in; `hashes` in the clients' order."""
+    return [
+        Contribution(
+            client_id=client.id,
+            weight=client.n,
+            share=client.n / federation.total,
+            num_examples=statement.num_examples if statement else None,
+            sha256=sha256,
+            recipe=asdict(statement.recipe) if statement and statement.recipe else None,
+        )
+        for client, sha256 in zip(federation.clients, hashes, strict=True)
+        for statement in [folders[client.id].statement]
+    ]
+
+
+def ledger_of(
+    federation: Federation,
+    folders: Mapping[str, PeftFolder],
+    settings: Settings,
+    weights: Weights,
+    contributions: list[Contribution],
+    measured: list[Measured],
+) -> Ledger:
+    """The record of a finished merge."""
+    options = asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed}
+    return Ledger(
+        method=settings.method,
+        options=options,
+        global_lr=federation.alpha,
+        weighting=weights if isinstance(weights, str) else "given",
+        total_weight=federation.total,
+        base_model=agreed_base_model(folders),
+        contributions=contributions,
+        certificate=_certificate(measured, settings),
+        forms=dict(sorted(Counter(module.form for module in measured).items())),
+        ranks=sorted({module.r for module in measured if module.r is not None}),
+        dtype=settings.dtype,
+        device=str(federation.device),
+        versions={
+            "lora-merge": importlib.metadata.version("lora-merge"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def _certificate(measured: list[Measured], settings: Settings) -> Certificate:
+    errors = {module.name: module.error for module in measured if module.error is not None}
+    if settings.certificate == "off":
+        return Certificate("off")
+    by = {"probes" if error.probes else "exact" for error in errors.values()}
+    low_rank = [module for module in measured if module.r is not None]
+    gaps = [module.fedavg for module in low_rank if module.fedavg is not None]
+    return Certificate(
+        measured_by=" and ".join(sorted(by)) or "off",
+        whole=_as_json(errors.values()),
+        modules={name: part for name, error in errors.items() if (part := _as_json([error])) is not None},
+        not_measured=[module.name for module in measured if module.error is None],
+        fedavg_would_miss=_as_json(gaps) if len(gaps) == len(low_rank) else None,
+    )
+
+
+def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
+    relative = relative_error(errors)
+    return None if relative is None else relative.to_json()
+
+
+def write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder], merges: list[Merge]) -> None:
+    """Write everything but the weights: adapter_config.json, aggregation.json, README.md."""
+    configs = [folder.config for folder in folders.values()]
+    modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
+    whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
+    config = merged_config(configs, modules, _tokens(folders), whole) | {"base_model_name_or_path": ledger.base_model}
+    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (work / LEDGER_NAME).write_text(ledger.to_json())
+    local = ledger.base_model is not None and is_local(ledger.base_model)
+    (work / "README.md").write_text(card(ledger, task_type=config["task_type"], base_is_local=local))
+
+
+def _tokens(folders: Mapping[str, PeftFolder]) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = {}
+    for folder in folders.values():
+        for name, spec in folder.specs.items():
+            if isinstance(spec, TokenSpec):
+                found.setdefault(name.removesuffix(TOKEN_SUFFIX), set()).update(spec.indices)
+    return {name: tuple(sorted(indices)) for name, indices in found.items()}
