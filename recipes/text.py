@@ -30,8 +30,9 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
 
     tokenizer = load_tokenizer(base)
     examples = encode_rows(rows, tokenizer, recipe, job.tell)
-    model = load_model(base, sound_dtype(recipe.dtype, device))
-    model = add_lora(model, recipe)  # lora_A from the shared seed, lora_B zero
+    dtype = sound_dtype(recipe.dtype, device)
+    job.tell(f"{job.client_id}: {len(examples)} examples, {recipe.base_model} on {device} in {dtype}")
+    model = add_lora(load_model(base, dtype), recipe)  # lora_A from the shared seed, lora_B zero
     fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, device, checkpoint)
 
     trained = write_client(model, stated, len(examples), fitted, loaded, job, started)

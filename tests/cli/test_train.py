@@ -73,6 +73,16 @@ def test_the_talk_goes_to_stderr_and_the_summary_to_stdout(run: Run, tmp_path: P
     assert "starting anew" in err
 
 
+def test_off_a_terminal_a_line_now_and_then_says_where_the_run_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_merge.cli.train.SECONDS_BETWEEN_LINES", 0.0)
+    _, _, err = run()
+    lines = [line for line in err.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == ["step 1 of 2", "step 2 of 2"]
+    assert all("tokens a second" in line and line.endswith(" s left") for line in lines)
+    assert "org/a: 10 examples, org/tiny on cpu in fp32" in err
+    assert "\x1b" not in err
+
+
 def test_an_override_is_in_the_statement(run: Run, tmp_path: Path) -> None:
     assert run("--set", "steps=1", "--set", "learning_rate=1e-4")[0] == 0
     stated = parsed((tmp_path / "out" / "lora_merge.json").read_text(encoding="utf-8"))
