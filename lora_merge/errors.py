@@ -15,6 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def one_line(text: object) -> str:
+    """`text` with every control and formatting character as an escape.
+
+    A name that a stranger chose then neither drives a terminal nor forges a line of its own.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+
+
 class LoraMergeError(Exception):
     """The root. ``message`` says what and who; ``hint`` says what to do next, or is empty."""
 
@@ -53,7 +61,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.client}: {self.field}: {self.reason}"
+        return one_line(f"{self.client}: {self.field}: {self.reason}")
 
 
 MAX_SHOWN = 40

@@ -1,18 +1,20 @@
 """`lora-merge aggregate`: the merge."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.table import Table
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from lora_merge.pipeline import Aggregation
 
 
@@ -81,7 +83,7 @@ def aggregate(
 
 
 def _rank(rank: str | None) -> Any:
-    return int(rank) if rank is not None and rank.isascii() and rank.isdigit() else rank
+    return int(rank) if rank is not None and re.fullmatch("[0-9]{1,9}", rank) else rank
 
 
 def _weights(choice: str, single: list[str]) -> Any:
@@ -114,7 +116,7 @@ def _weights_file(path: Path) -> dict[str, float]:
 
             data = yaml.safe_load(path.read_text())
     except Exception as error:  # each parser has its own errors
-        raise UsageError(f"{path} cannot be read as weights: {error}.") from error
+        raise UsageError(f"{path} cannot be read as weights: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict) or not data:
         raise UsageError(f"{path} must be a mapping from client or source to number.")
     return {str(name): number for name, number in data.items()}
@@ -126,7 +128,9 @@ def _as_json(result: "Aggregation", seconds: float) -> dict[str, Any]:
     return {"output": str(result.output), "seconds": round(seconds, 3), "warnings": list(result.warnings), **ledger}
 
 
-def _table(result: "Aggregation", seconds: float) -> Table:
+def _table(result: "Aggregation", seconds: float) -> "Table":
+    from rich.table import Table
+
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _rows(result, seconds):
         table.add_row(name, plain(value))

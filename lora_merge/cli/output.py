@@ -9,23 +9,19 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
-from lora_merge.errors import LoraMergeError, RefusedError
+from lora_merge.errors import LoraMergeError, RefusedError, one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 SCHEMA_VERSION = 1
+PIPE_COLUMNS = 1_000_000
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was made.")]
@@ -33,10 +29,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, print t
 
 
 def printable(text: object) -> str:
-    """`text` with every control and formatting character shown as an escape, so that it cannot drive a terminal."""
-    return "".join(
-        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)
-    )
+    """`text`, of one or many lines, with every other control and formatting character shown as an escape."""
+    return "\n".join(one_line(line) for line in str(text).split("\n"))
 
 
 def plain(text: object) -> Text:
@@ -53,9 +47,8 @@ class Output:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        # Off a terminal rich would wrap tables at 80 columns; a pipe has no width, so give it a wide one.
-        width = None if sys.stdout.isatty() else 160
-        self._stdout = Console(width=width, highlight=False)
+        # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
+        self._stdout = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def result(self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None) -> None:
@@ -65,7 +58,9 @@ class Output:
         elif self.quiet:
             print(printable(made))
         elif show is not None:
-            self._stdout.print(show())
+            with self._stdout.capture() as capture:
+                self._stdout.print(show())
+            sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
@@ -74,7 +69,7 @@ class Output:
 
     def warn(self, text: object) -> None:
         """A warning, to stderr, in every mode."""
-        self._stderr.print(Text("warning: ", style="yellow") + plain(text))
+        self._stderr.print(Text("warning: ", style="yellow") + Text(one_line(text)))
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
@@ -82,16 +77,8 @@ class Output:
         if self.quiet or self.as_json or not self._stderr.is_terminal:
             yield lambda steps: None
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self._stderr, transient=True) as bar:
-            task = bar.add_task(printable(what), total=total)
+        with _bar(self._stderr, unit) as bar:
+            task = bar.add_task(one_line(what), total=total)
             yield lambda steps: bar.advance(task, steps)
 
     @contextmanager
@@ -130,5 +117,24 @@ class Output:
         else:
             self._stderr.print(Text("error: ", style="bold red") + plain(message))
             if hint:
-                self._stderr.print(Text("hint: ", style="cyan") + plain(hint))
+                self._stderr.print(Text("hint: ", style="cyan") + Text(one_line(hint)))
         raise typer.Exit(code)
+
+
+def _bar(console: Console, unit: str) -> "Progress":
+    from rich import progress  # only here: a tenth of the time that --help takes
+
+    class Rate(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn(unit),
+        Rate(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=console, transient=True)

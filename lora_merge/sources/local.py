@@ -5,7 +5,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import NotFoundError, UsageError, one_line
 
 
 def find_folders(sources: Sequence[str | Path]) -> list[Path]:
@@ -18,7 +18,8 @@ def find_folders(sources: Sequence[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for folder in (folder for source in sources for folder in _expand(str(source))):
         if (first := found.setdefault(folder.resolve(), folder)) is not folder:
-            raise UsageError(f"{folder} is given twice" + (f", as {first} too." if first != folder else "."))
+            also = f", as {first} too" if first != folder else ""
+            raise UsageError(one_line(f"{folder} is given twice{also}."))
     return list(found.values())
 
 
@@ -43,10 +44,10 @@ def _suggestion(path: Path) -> str:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: as many trailing parts of its path as tell all of them apart."""
-    parts = [folder.resolve().parts for folder in folders]
+    """A name of one line for each folder: as many trailing parts of its path as tell all of them apart."""
+    parts = [[one_line(part) for part in folder.resolve().parts] for folder in folders]
     for depth in range(1, max((len(p) for p in parts), default=1) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(folder) for folder in folders]
+    return [ascii(str(folder)) for folder in folders]  # names that differ only in how they are escaped
