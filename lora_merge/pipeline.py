@@ -22,8 +22,8 @@ from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settin
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
 from lora_merge.errors import RefusedError, StorageError, UsageError
 from lora_merge.intake import accepted, federation_of
-from lora_merge.provenance import contributions_of, ledger_of, write_records
 from lora_merge.ledger import Ledger
+from lora_merge.provenance import contributions_of, ledger_of, write_records
 
 RANK_THAT_SERVERS_TAKE = 512
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
