@@ -2,23 +2,49 @@
 
 import json
 import sys
+from typing import Annotated
 
 import typer
 
+from lora_merge import __version__
 from lora_merge.cli.aggregate import aggregate
+from lora_merge.cli.evaluate import evaluate
+from lora_merge.cli.export import export
 from lora_merge.cli.output import SCHEMA_VERSION, Output
 from lora_merge.cli.recipes import recipes_app
+from lora_merge.cli.settings_file import load_defaults
 from lora_merge.cli.train import train
 
 app = typer.Typer(
     name="lora-merge",
-    help="Merge LoRA adapters that were fine-tuned apart: one exact mean, no server, no rounds.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORA_MERGE"},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def lora_merge(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Merge LoRA adapters that were fine-tuned apart: one exact mean, no server, no rounds."""
+    with Output(as_json="--json" in sys.argv).reporting():
+        load_defaults(context)
+
+
 app.command()(train)
 app.command()(aggregate)
+app.command()(evaluate)
+app.command()(export)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -34,6 +60,6 @@ def main() -> None:
         if "--json" in sys.argv:
             record = {"code": code, "message": message, "hint": "lora-merge --help"}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
-        else:
+        elif message:  # a bare `lora-merge` printed its help already
             Output().usage_error(message)
     sys.exit(code)
