@@ -41,6 +41,8 @@ _REFUSED = {
 # Starts of lora_A and lora_B that leave the base weights alone.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 T = TypeVar("T")
 
 _PATTERN_KEY = re.compile(r"[A-Za-z0-9._-]{1,512}")
@@ -120,7 +122,7 @@ def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[Adapter
     reader.problems += _refusals(data)
     config = AdapterConfig(
         base_model=take("base_model_name_or_path", None, _is_text, "a text"),
-        task_type=take("task_type", None, _is_text, "a text"),
+        task_type=take("task_type", None, _TASKS.__contains__, f"one of {', '.join(_TASKS)}"),
         r=take("r", 8, is_rank, f"a whole number from 1 to {max_r}"),
         lora_alpha=take("lora_alpha", 8, _is_alpha, "a finite number above 0"),
         rank_pattern=take("rank_pattern", {}, _is_pattern(is_rank), "module suffixes and ranks"),

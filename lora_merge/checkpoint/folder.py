@@ -1,6 +1,7 @@
 """A folder that appears whole or not at all: written beside, flushed, renamed."""
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -30,13 +31,10 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     check_free(output, force=force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output)
-        work = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        work, lock = _work_folder(output)
     except OSError as error:
         raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
-    lock = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held while this run lives: how the next run tells a leftover
         os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes a private folder, the result is an ordinary one
         yield work
         _flush(work)
@@ -56,9 +54,24 @@ def check_free(output: Path, *, force: bool = False) -> None:
         raise UsageError(f"{output} exists already.", hint="Choose another --output, or replace it with --force.")
 
 
+def _work_folder(output: Path) -> tuple[Path, int]:
+    """A new folder beside `output`, and the lock on it that is held while this run lives."""
+    parent = os.open(output.parent, os.O_RDONLY)
+    try:
+        # Without the parent's lock another run could take the new folder for a leftover before it is locked.
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        remove_leftovers(output)
+        work = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+        lock = os.open(work, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return work, lock
+    finally:
+        os.close(parent)
+
+
 def remove_leftovers(output: Path) -> None:
     """Remove the work folders that killed runs left beside `output`."""
-    for leftover in output.parent.glob(_prefix(output) + "*"):
+    for leftover in output.parent.glob(glob.escape(_prefix(output)) + "*"):
         try:
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         except OSError:

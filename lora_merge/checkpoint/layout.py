@@ -176,7 +176,7 @@ def _spec(module: str, layout: Layout, shapes: Shapes, config: AdapterConfig) ->
     if len(A) < 2 or len(B) != len(A) or (layout == "embedding" and len(A) > 2):
         raise FileRefused(module, f"lora_A has the shape {A} and lora_B {B}")
     r, scaling = _rank_and_scaling(module, layout, A[0], config)
-    blocks = A[0] // (B[1] if layout == "conv" else r)
+    blocks = max(1, A[0] // (B[1] if layout == "conv" else r))
     kernel = A[2:]
     if layout == "conv" and config.use_dora and blocks > 1:
         raise FileRefused("use_dora", f"DoRA on the grouped convolution {module} is not supported")

@@ -4,7 +4,9 @@ Nothing that came from a file or a stranger reaches the terminal unless it went 
 """
 
 import json
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,7 +90,8 @@ class Output:
         `resume` is what to say after Ctrl-C: the command that goes on from here.
         """
         try:
-            yield
+            with _ctrl_c():
+                yield
         except LoraMergeError as error:
             self._fail(error.exit_code, error.message, error.hint, error)
         except KeyboardInterrupt as error:
@@ -119,6 +122,30 @@ class Output:
             if hint:
                 self._stderr.print(Text("hint: ", style="cyan") + Text(one_line(hint)))
         raise typer.Exit(code)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """KeyboardInterrupt for whatever an interrupt ends in: inside a lock's wait Python makes a RuntimeError of it."""
+    interrupted = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _bar(console: Console, unit: str) -> "Progress":

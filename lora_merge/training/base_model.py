@@ -154,7 +154,7 @@ def _readable(base: FoundBase) -> Iterator[None]:
     """Turn what transformers says of a folder that it cannot load into a sentence of ours."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise UsageError(f"{base.folder} is not a causal language model that can be loaded: {first}") from error
 

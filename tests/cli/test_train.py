@@ -13,11 +13,11 @@ import pytest
 
 from lora_merge.cli.main import main
 from lora_merge.recipe import folder
-from tests.training.conftest import MakeRecipe, base, make_recipe, rows
+from tests.training.conftest import LIBRARY_WARNINGS, MakeRecipe, base, make_recipe, rows
 
 __all__ = ["base", "make_recipe", "rows"]  # fixtures
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = LIBRARY_WARNINGS
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -22,10 +22,9 @@ from lora_merge.training.fit import client_seed
 from lora_merge.training.job import Job, Step, last_checkpoint
 from lora_merge.training.lora_start import seeded_uniform
 from tests.conftest import digests
-from tests.training.conftest import MakeRecipe
+from tests.training.conftest import LIBRARY_WARNINGS, MakeRecipe
 
-# PEFT asks transformers for a property that has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = LIBRARY_WARNINGS
 
 SCRIPT = runpy.run_path(str(folder() / "text.py"))["train"]
 Train = Callable[..., Trained]
