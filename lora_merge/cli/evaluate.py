@@ -1,0 +1,158 @@
+"""`lora-merge evaluate`: the base, each local and the global model, side by side."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from lora_merge.cli.output import DebugOption, JsonOption, Output, plain
+
+if TYPE_CHECKING:
+    from lora_merge.evaluation.comparison import Comparison, Question
+    from lora_merge.evaluation.intervals import Estimate
+
+
+class PromptForm(StrEnum):
+    """How a row becomes text."""
+
+    plain = "plain"
+    alpaca = "alpaca"
+    chat = "chat"
+
+
+class WeightType(StrEnum):
+    """The float type of the base's weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def evaluate(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders: clients' and merged ones.")],
+    base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
+    data: Annotated[str, typer.Option(help="Held-out rows: JSON lines (also .gz), or what `datasets` can read.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Show each model's answer to this; may be repeated.")] = None,
+    prompt_form: Annotated[
+        PromptForm | None, typer.Option(help="Default: the one that the adapters state, else plain.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row, prompt and answer; the rest is cut.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure on so many rows, drawn by --seed.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer to a --prompt.")] = 64,
+    dtype: Annotated[WeightType, typer.Option(help="Float type of the base's weights.")] = WeightType.fp32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals, and of --limit.")] = 0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure held-out loss and perplexity of the base and of every adapter on it, with 95 % intervals.
+
+    The loss is the mean over all answer tokens, in nats a token; the interval is over examples.
+    """
+    out = Output(as_json=as_json, debug=debug)
+    with out.reporting():
+        from lora_merge.evaluation.comparison import Question, compare
+
+        question = Question(
+            base=base,
+            adapters=tuple(adapters),
+            data=data,
+            prompts=tuple(prompt or ()),
+            prompt_form=prompt_form.value if prompt_form else None,
+            max_length=max_length,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype.value,
+            device=device,
+            seed=seed,
+        )
+        comparison = compare(
+            question, progress=lambda name, rows: out.progress(name, rows, "rows"), tell=out.say, warn=out.warn
+        )
+        record = record_of(question, comparison)
+        out.result(record, show=lambda: drawn(record))
+
+
+def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "base": question.base,
+        "data": question.data,
+        "rows": comparison.rows,
+        "rows_left_out": comparison.rows_left_out,
+        "answer_tokens": comparison.answer_tokens,
+        "prompt_form": comparison.prompt_form,
+        "max_length": question.max_length,
+        "dtype": question.dtype,
+        "device": comparison.device,
+        "seed": question.seed,
+        "measure": "nats a token, mean over all answer tokens; 95 % percentile bootstrap over examples",
+        "models": [
+            {
+                "name": score.name,
+                "kind": score.kind,
+                "loss": _numbers(score.loss),
+                "perplexity": _numbers(score.loss.exp()),
+                "gain_over_base": _numbers(score.gain_over_base),
+                "gain_over_mean_of_locals": _numbers(score.gain_over_locals),
+            }
+            for score in comparison.scores
+        ],
+        "answers": [
+            {"prompt": prompt, "answers": dict(zip(comparison.models, answers, strict=True))}
+            for prompt, answers in zip(comparison.prompts, comparison.answers, strict=True)
+        ],
+    }
+
+
+def drawn(record: dict[str, Any]) -> RenderableType:
+    """The tables of a record: losses, what the globals gain over the mean local, and answers."""
+    left_out = f" ({record['rows_left_out']} left out as too long)" if record["rows_left_out"] else ""
+    lead = (
+        f"{record['rows']} held-out rows{left_out}, {record['answer_tokens']} answer tokens; 95 % intervals over rows"
+    )
+    parts: list[RenderableType] = [plain(lead), _losses(record["models"])]
+    parts += [plain(_verdict(model)) for model in record["models"] if model["gain_over_mean_of_locals"]]
+    for answer in record["answers"]:
+        parts += [plain(f"\n{answer['prompt']}\n"), _answers(answer["answers"])]
+    return Group(*parts)
+
+
+def _losses(models: list[dict[str, Any]]) -> Table:
+    table = Table("model", "loss (nats a token)", "perplexity", "gain over base")
+    for model in models:
+        numbers = (model["loss"], model["perplexity"], model["gain_over_base"])
+        style = "bold" if model["kind"] == "global" else "italic" if model["kind"] == "mean of locals" else None
+        table.add_row(plain(model["name"]), *map(_cell, numbers), style=style)
+    return table
+
+
+def _verdict(model: dict[str, Any]) -> str:
+    gain = model["gain_over_mean_of_locals"]
+    sure = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
+    word = "beats" if gain["value"] > 0 else "falls short of"
+    return f"{model['name']} {word} the mean of the locals by {_cell(gain).removeprefix('-')} nats a token{sure}."
+
+
+def _answers(answers: dict[str, str]) -> Table:
+    table = Table("model", "answer", show_lines=True)
+    for name, text in answers.items():
+        table.add_row(plain(name), plain(text or "(nothing)"))
+    return table
+
+
+def _numbers(estimate: "Estimate | None") -> dict[str, float] | None:
+    if estimate is None:
+        return None
+    return {"value": estimate.value, "low": estimate.interval.low, "high": estimate.interval.high}
+
+
+def _cell(numbers: dict[str, float] | None) -> str:
+    if numbers is None:
+        return ""
+    digits = 3 if abs(numbers["value"]) < 10 else 2 if abs(numbers["value"]) < 100 else 0
+    return f"{numbers['value']:.{digits}f} [{numbers['low']:.{digits}f}, {numbers['high']:.{digits}f}]"

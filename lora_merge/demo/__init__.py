@@ -1,0 +1,1 @@
+"""What `lora-merge demo` works on: a real small model, and the text that every Python installation has."""

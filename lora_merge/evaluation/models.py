@@ -1,0 +1,168 @@
+"""The models that are compared: the base, read once, and each adapter on a tree that shares the base's matrices."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
+from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.writer import merged_config
+from lora_merge.errors import NetworkError, NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.training.base_model import FoundBase, load_model, weight_files
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def pick_device(name: str) -> torch.device:
+    """The device named `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise UsageError(f"--device {name}: must be auto, cpu, cuda or cuda:N.")
+    if kind == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch finds no such device here.", hint="--device auto")
+    return torch.device(name)
+
+
+def find_model(base: str, tell: Callable[[str], None]) -> FoundBase:
+    """The base model in the folder `base`, else of that repository id: from the Hub, or the local cache.
+
+    Raises:
+        UsageError: the folder is not a model with safetensors weights.
+        NotFoundError: there is neither such a folder nor such a repository.
+        NetworkError: it is not in the cache, and the Hub cannot be reached.
+    """
+    folder = Path(base)
+    if not folder.is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise NotFoundError(f"--base {base}: there is no such folder.")
+    found = FoundBase(base, folder, None) if folder.is_dir() else _from_hub(base, tell)
+    if not (found.folder / "config.json").is_file():
+        raise UsageError(f"{found.folder} holds no config.json: it is not a model.")
+    weight_files(found.folder)
+    return found
+
+
+def _from_hub(repo: str, tell: Callable[[str], None]) -> FoundBase:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    hint = "Give the base model's folder: --base DIR"
+    tell(f"Base model {repo}")
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise NotFoundError(f"--base {repo}: no such folder, and the Hub has no such model.", hint=hint) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise NetworkError(f"{repo} is not in the local cache, and the Hub cannot be reached.", hint=hint) from error
+    return FoundBase(repo, folder, folder.name)
+
+
+def load_base(found: FoundBase, dtype: str, device: torch.device) -> Any:
+    """The base model, frozen, in evaluation mode, in `dtype` (fp32 or bf16)."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the terminal is ours
+    model = load_model(found, dtype)
+    model.config.use_cache = True  # training wants it off, answers want it on
+    return model.requires_grad_(False).eval().to(device)
+
+
+def is_global(folder: Path) -> bool:
+    """Whether an adapter folder is the result of a merge rather than one client's."""
+    return (folder / LEDGER_NAME).is_file()
+
+
+def open_adapter(folder: Path) -> PeftFolder:
+    """Open an adapter folder by the strict reader: no adapter comes near PEFT that it has not accepted.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        RefusedError: with every reason.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no adapter folder {folder}.")
+    try:
+        return open_folder(folder)
+    except FolderRefused as refused:
+        raise RefusedError(refused.problems(str(folder))) from refused
+
+
+def attach(base: Any, adapter: PeftFolder) -> Any:
+    """A model that computes the base with the adapter on it; the base stays as it was.
+
+    The tree of modules is copied and its matrices are shared. What PEFT would write into the model that it is given
+    is copied too: vectors (an adapter may have trained the biases), and tensors that the adapter holds whole.
+
+    Raises:
+        RefusedError: the adapter does not fit the base.
+    """
+    whole = {name for name, spec in adapter.specs.items() if isinstance(spec, FullSpec)}
+    named = list(base.named_parameters(remove_duplicate=False))
+    written = {id(parameter) for name, parameter in named if name in whole or parameter.ndim < 2}
+    memo = {id(parameter): parameter for _, parameter in named if id(parameter) not in written}
+    return attach_in_place(copy.deepcopy(base, memo), adapter)
+
+
+def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
+    """`model` itself with the adapter on it, every tensor of the adapter in its place.
+
+    Raises:
+        RefusedError: the adapter does not fit the model, or holds NaN or infinity.
+    """
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT comments on tied weights and the like; what matters is checked below
+        try:
+            names = [name for stored in adapter.stored.values() for name in stored.tensors.values()]
+            tensors = {name: adapter.file.read(name) for name in names}
+            wrapped = get_peft_model(model, peft_config(adapter))
+            result = set_peft_model_state_dict(wrapped, tensors)
+        except (ValueError, RuntimeError) as error:
+            raise _refused(adapter, str(error).strip().splitlines()[-1].strip()) from error
+    if result.unexpected_keys:
+        raise _refused(adapter, f"the base has no place for {result.unexpected_keys[0].removeprefix(PREFIX)}")
+    if empty := _unfilled(wrapped, set(result.missing_keys)):
+        raise _refused(adapter, f"holds nothing for {empty[0].removeprefix(PREFIX)}")
+    return wrapped.requires_grad_(False).eval()
+
+
+def _unfilled(wrapped: Any, missing: set[str]) -> list[str]:
+    """The adapter's parameters that no tensor went into; a tied one is filled under its other name."""
+    parameters = dict(wrapped.named_parameters(remove_duplicate=False))
+    filled = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    mine = [name for name in parameters if ".default" in name and name in missing]
+    return [name for name in mine if id(parameters[name]) not in filled]
+
+
+def peft_config(adapter: PeftFolder) -> "LoraConfig":
+    """A LoraConfig made of the accepted fields alone, with each module's own rank and alpha: never the file's own."""
+    from peft import LoraConfig
+
+    specs = adapter.specs
+    modules = {name: spec for name, spec in specs.items() if isinstance(spec, FactorsSpec)}
+    tokens = {
+        name.removesuffix(TOKEN_SUFFIX): spec.indices for name, spec in specs.items() if isinstance(spec, TokenSpec)
+    }
+    whole = [name for name, spec in specs.items() if isinstance(spec, FullSpec)]
+    config = merged_config([adapter.config], modules, tokens, whole)
+    config |= {"task_type": "CAUSAL_LM"}
+    return LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"})
+
+
+def _refused(adapter: PeftFolder, reason: str) -> RefusedError:
+    hint = "Was it trained on another base model?"
+    return RefusedError([Problem(str(adapter.folder), "adapter_model.safetensors", reason)], hint=hint)

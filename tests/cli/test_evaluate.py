@@ -1,0 +1,87 @@
+"""`lora-merge evaluate`: its exit codes, what goes to stdout, and one table that holds every model."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_merge.cli.main import main
+from tests.evaluation.conftest import adapters, held_out
+from tests.training.conftest import base
+
+__all__ = ["adapters", "base", "held_out"]  # fixtures
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    base: Path,
+    adapters: tuple[Path, ...],
+    held_out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """`run("--json", data=…)`: exit code, stdout and stderr of a run over the three adapters."""
+
+    def call(*more: str, folders: tuple[Path, ...] = adapters, **changes: str) -> tuple[int, str, str]:
+        options = {"base": str(base), "data": str(held_out), "device": "cpu", **changes}
+        named = [text for key, value in options.items() for text in (f"--{key}", value)]
+        monkeypatch.setattr(sys, "argv", ["lora-merge", "evaluate", *map(str, folders), *named, *more])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else(run: Run) -> None:
+    code, out, err = run("--json", "--prompt", "ab", "--max-new-tokens", "2")
+    record = json.loads(out)
+    assert (code, err) == (0, "")
+    assert record["schema_version"] == 1
+    assert [model["kind"] for model in record["models"]] == ["base", "local", "local", "mean of locals", "global"]
+    assert record["models"][0]["gain_over_base"] is None
+    assert set(record["models"][4]["gain_over_mean_of_locals"]) == {"value", "low", "high"}
+    assert list(record["answers"][0]["answers"]) == ["base", "org/north", "org/south", "global"]
+
+
+def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) -> None:
+    code, out, _ = run("--prompt", "ab", "--max-new-tokens", "2")
+    assert code == 0
+    for name in ("base", "org/north", "org/south", "mean of locals", "global"):
+        assert any(line.startswith(f"│ {name} ") for line in out.splitlines()), name
+    assert "the mean of the locals by" in out
+    assert "4 held-out rows" in out
+
+
+def test_what_is_missing_is_not_found(run: Run, tmp_path: Path) -> None:
+    assert run(data=str(tmp_path / "none.jsonl"))[0] == 4
+    assert run(base=str(tmp_path / "none"))[0] == 4
+    assert run(folders=(tmp_path / "none",))[0] == 4
+
+
+def test_a_base_that_the_hub_would_have_is_a_network_error(run: Run) -> None:
+    code, _, err = run(base="org/none")
+    assert code == 5
+    assert "--base DIR" in err
+
+
+def test_a_refused_adapter_is_named_and_nothing_is_printed(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, out, err = run(folders=(tmp_path / "empty",))
+    assert (code, out) == (3, "")
+    assert "empty" in err
+    code, out, _ = run("--json", folders=(tmp_path / "empty",))
+    assert code == 3
+    assert json.loads(out)["error"]["problems"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--device", "gpu"), ("--prompt-form", "letter"), ("--limit", "0"), ("--dtype", "int8")]
+)
+def test_a_wrong_option_is_a_usage_error(run: Run, option: tuple[str, str]) -> None:
+    assert run(*option)[0] == 2

@@ -1,0 +1,87 @@
+"""The exported model needs no PEFT, and computes what the base and the adapter compute together."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_merge.errors import RefusedError, UsageError
+from lora_merge.evaluation.merged_model import export
+from tests.conftest import digests
+from tests.evaluation.conftest import client_on
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def model_in(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=IDS).logits.float()
+        return result
+
+
+def with_adapter(base: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model_in(base), str(adapter)).eval()
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_the_exported_model_computes_base_plus_adapter(base: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    adapter = client_on(base, tmp_path / "client", 3, **lora)
+    made = export(adapter, str(base), tmp_path / "model", tell=print)
+    exported, expected = logits(model_in(tmp_path / "model")), logits(with_adapter(base, adapter))
+    assert torch.allclose(exported, expected, atol=1e-4)
+    assert not torch.allclose(exported, logits(model_in(base)), atol=0.5)
+    assert made.nbytes == sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_smaller_float_type_rounds_the_sum_once(
+    base: Path, adapters: tuple[Path, ...], tmp_path: Path, dtype: str, kind: torch.dtype
+) -> None:
+    export(adapters[0], str(base), tmp_path / "whole", tell=print)
+    export(adapters[0], str(base), tmp_path / "half", dtype=dtype, tell=print)
+    whole, half = model_in(tmp_path / "whole").state_dict(), model_in(tmp_path / "half").state_dict()
+    assert all(torch.equal(half[name], whole[name].to(kind)) for name in whole)
+
+
+def test_the_tokenizer_is_the_bases_to_the_byte(base: Path, adapters: tuple[Path, ...], tmp_path: Path) -> None:
+    export(adapters[0], str(base), tmp_path / "model", tell=print)
+    here, there = digests(base), digests(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert there[name] == here[name]
+
+
+def test_what_is_there_is_replaced_only_by_force(base: Path, adapters: tuple[Path, ...], tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    output.mkdir()
+    (output / "mine").write_text("keep")
+    with pytest.raises(UsageError, match="exists already"):
+        export(adapters[0], str(base), output, tell=print)
+    assert (output / "mine").read_text() == "keep"
+    export(adapters[0], str(base), output, force=True, tell=print)
+    assert not (output / "mine").exists()
+
+
+def test_a_refused_adapter_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(RefusedError):
+        export(tmp_path / "adapter", str(base), tmp_path / "model", tell=print)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_the_base_folder_is_not_touched(base: Path, adapters: tuple[Path, ...], tmp_path: Path) -> None:
+    before = copy.deepcopy(digests(base))
+    export(adapters[0], str(base), tmp_path / "model", tell=print)
+    assert digests(base) == before
