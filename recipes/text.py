@@ -14,7 +14,7 @@ from lora_merge.training.base_model import add_lora, check_base, find_base, load
 from lora_merge.training.client import Trained, write_client
 from lora_merge.training.data import encode_rows, read_rows
 from lora_merge.training.fit import fit, pick_device, sound_dtype
-from lora_merge.training.job import Job, check_job, close_work, open_work
+from lora_merge.training.job import Job, check_job, work_folder
 
 
 def train(loaded: LoadedRecipe, job: Job) -> Trained:
@@ -26,18 +26,15 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
     base = find_base(recipe, job.base, job.tell)
     check_base(base, recipe)
     stated = base.statement()
-    checkpoint = open_work(job, loaded, stated)
 
-    tokenizer = load_tokenizer(base)
-    examples = encode_rows(rows, tokenizer, recipe, job.tell)
-    dtype = sound_dtype(recipe.dtype, device)
-    job.tell(f"{job.client_id}: {len(examples)} examples, {recipe.base_model} on {device} in {dtype}")
-    model = add_lora(load_model(base, dtype), recipe)  # lora_A from the shared seed, lora_B zero
-    fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, device, checkpoint)
-
-    trained = write_client(model, stated, len(examples), fitted, loaded, job, started)
-    close_work(job)
-    return trained
+    with work_folder(job, loaded, stated) as checkpoint:
+        tokenizer = load_tokenizer(base)
+        examples = encode_rows(rows, tokenizer, recipe, job.tell)
+        dtype = sound_dtype(recipe.dtype, device)
+        job.tell(f"{job.client_id}: {len(examples)} examples, {recipe.base_model} on {device} in {dtype}")
+        model = add_lora(load_model(base, dtype), recipe)  # lora_A from the shared seed, lora_B zero
+        fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, device, checkpoint)
+        return write_client(model, stated, len(examples), fitted, loaded, job, started)
 
 
 if __name__ == "__main__":

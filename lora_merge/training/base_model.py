@@ -182,6 +182,7 @@ def _snapshot(recipe: Recipe, tell: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -200,7 +201,5 @@ def _snapshot(recipe: Recipe, tell: Callable[[str], None]) -> Path:
         raise NotFoundError(f"{where} asks for an agreement on its page first, or for a token.", hint=hint) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise NotFoundError(f"The Hub has no {where}, or it is private.", hint=hint) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise NetworkError(
-            f"{where} is not in the local cache, and the Hub cannot be reached: nothing to train on.", hint=hint
-        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+        raise NetworkError(f"{where} is not in the local cache, and the Hub cannot be reached.", hint=hint) from error

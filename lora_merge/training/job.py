@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, StatementError, check_client_id
+from lora_merge.training.records import names_file
 
 _MARK = "run.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", FILE_NAME)
@@ -77,41 +79,45 @@ def check_job(job: Job) -> None:
         check_client_id(job.client_id)
     except StatementError as error:
         raise UsageError(f"--client-id {job.client_id}: {error.reason}.") from error
-    if Path(job.data).suffix and not Path(job.data).exists():
+    if names_file(job.data) and not Path(job.data).exists():
         raise NotFoundError(f"There is no data file {job.data}.")
     _check_output(job)
 
 
-def open_work(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Path | None:
-    """Make the work folder, or take up the one that an interrupted run left; returns its last checkpoint.
+@contextmanager
+def work_folder(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Iterator[Path | None]:
+    """Make the work folder, or take up the one that an interrupted run left; yields its last checkpoint.
+
+    It is removed when the block ends well. Otherwise it stays if there is a checkpoint in it to go on from.
 
     Raises:
         UsageError: the checkpoint is of another run: its recipe, base, data or client differ.
     """
-    mark = _mark(job, loaded, base)
+    mark, marked = _mark(job, loaded, base), job.work / _MARK
     checkpoint = last_checkpoint(job) if job.resume else None
-    if checkpoint is None:
-        shutil.rmtree(job.work, ignore_errors=True)
-        job.work.mkdir(parents=True)
-        (job.work / _MARK).write_text(mark, encoding="utf-8")
-    elif (job.work / _MARK).read_text(encoding="utf-8") != mark:
+    if checkpoint and not (marked.is_file() and marked.read_text(encoding="utf-8") == mark):
         raise UsageError(
             f"{job.work} is of another run: its recipe, --set, base model, data or client id differ.",
             hint="--force in place of --resume starts anew.",
         )
+    if not checkpoint:
+        shutil.rmtree(job.work, ignore_errors=True)
+        job.work.mkdir(parents=True)
+        marked.write_text(mark, encoding="utf-8")
     if job.resume:
         job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
-    return checkpoint
-
-
-def close_work(job: Job) -> None:
-    """Remove the work folder: the run is done."""
+    try:
+        yield checkpoint
+    except BaseException:
+        if last_checkpoint(job) is None:
+            shutil.rmtree(job.work, ignore_errors=True)
+        raise
     shutil.rmtree(job.work, ignore_errors=True)
 
 
 def last_checkpoint(job: Job) -> Path | None:
     """The newest whole checkpoint of an interrupted run. One that was cut off has no readable state."""
-    for folder in sorted(job.work.glob("checkpoint-*"), key=lambda path: int(path.name[11:]), reverse=True):
+    for folder in sorted(job.work.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name[11:]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

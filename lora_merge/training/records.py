@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.errors import NetworkError, NotFoundError, Problem, RefusedError, UsageError
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -20,7 +20,8 @@ def records(path: str) -> Iterator[tuple[str, object]]:
         path: a JSON lines file (also gzip, or one JSON array); else whatever `datasets` reads, where it is installed.
 
     Raises:
-        NotFoundError: there is no such file.
+        NotFoundError: there is no such file or data set.
+        NetworkError: the Hub cannot be reached for a data set.
         RefusedError: the file as a whole cannot be read.
         UsageError: `datasets` is needed and not installed.
     """
@@ -33,6 +34,11 @@ def records(path: str) -> Iterator[tuple[str, object]]:
         whole = _parsed(content)
         return _places("row", whole if isinstance(whole, list) else [whole])
     return _places("line", [_parsed(line) if line.strip() else None for line in content.split(b"\n")])
+
+
+def names_file(path: str) -> bool:
+    """Whether `path` ends like a data file; a Hub data set's id does not."""
+    return path.lower().endswith((*JSON_SUFFIXES, *_BUILDERS))
 
 
 def _places(unit: str, found: list[Any]) -> Iterator[tuple[str, object]]:
@@ -72,7 +78,7 @@ def _dataset(path: str) -> Any:
             hint="pip install 'lora-merge[data]'",
         ) from None
     local = Path(path)
-    if not local.exists() and (local.suffix or path.count("/") != 1):
+    if not local.exists() and (names_file(path) or path.count("/") != 1):
         raise NotFoundError(f"There is no data file {path}.")
     datasets.disable_progress_bars()
     try:
@@ -81,5 +87,7 @@ def _dataset(path: str) -> Any:
         if local.is_file() and local.suffix.lower() in _BUILDERS:
             return datasets.load_dataset(_BUILDERS[local.suffix.lower()], data_files=path, split="train")
         return datasets.load_dataset(path, split="train")
+    except ConnectionError as error:
+        raise NetworkError(f"The Hub cannot be reached for the data set {path}: {error}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise NotFoundError(f"`datasets` cannot read {path}: {error}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
@@ -213,6 +213,7 @@ def test_rows_without_room_for_an_answer_are_left_out_and_counted(make_recipe: M
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(prompt=text, completion=text, max_length=st.integers(2, 40), form=st.sampled_from(["plain", "chat"]))
 def test_every_encoded_row_has_an_answer_and_fits(prompt: str, completion: str, max_length: int, form: str) -> None:
     encoded = encode(Row(prompt, completion), TOKENIZER, form, max_length)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.recipe import folder, load
 from lora_merge.statement import Statement
-from lora_merge.training.base_model import weights_sha256
+from lora_merge.training.base_model import FoundBase, add_lora, load_model, weights_sha256
 from lora_merge.training.client import Trained
 from lora_merge.training.fit import client_seed
 from lora_merge.training.job import Job, Step, last_checkpoint
@@ -156,6 +156,13 @@ def test_bf16_keeps_lora_in_fp32_and_comes_close_to_fp32(train: Train, tmp_path:
     assert half.fitted.loss_first != full.fitted.loss_first
 
 
+def test_lora_is_fp32_on_a_bf16_base(base: Path, make_recipe: MakeRecipe) -> None:
+    recipe = load(make_recipe(dtype="bf16")).recipe
+    model = add_lora(load_model(FoundBase("org/tiny", base, None), "bf16"), recipe)
+    dtypes = {("lora_" in name, value.dtype, value.requires_grad) for name, value in model.named_parameters()}
+    assert dtypes == {(True, torch.float32, True), (False, torch.bfloat16, False)}
+
+
 def test_every_step_is_told_with_its_rate_and_time_left(train: Train) -> None:
     told: list[Step] = []
     trained = train(steps=3, on_step=told.append)
@@ -268,7 +275,7 @@ def test_a_file_or_a_link_at_the_output_is_refused(train: Train, tmp_path: Path)
 def test_a_loss_that_is_no_number_stops_the_run(train: Train, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="training has come apart"):
         train(base=other_weights(base, tmp_path / "broken", value=float("nan")))
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"broken", "rows.jsonl", "tiny.yaml"}
 
 
 @pytest.mark.parametrize("client_id", ["", "a b", "../x", "a/b/c", "-x", "é"])
