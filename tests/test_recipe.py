@@ -98,6 +98,10 @@ def test_the_digest_ignores_name_comments_order_and_spelling(tmp_path: Path) -> 
     assert recipe.load(str(tmp_path / "other.yaml")).digest == first
 
 
+def test_the_digest_is_the_one_that_every_release_has_computed(tmp_path: Path) -> None:
+    assert recipe.load(write(tmp_path)).digest == "df0f21ee2c888b15ef03d76e586e8cf82e5392d381f92165a52fdfc44d114851"
+
+
 @pytest.mark.parametrize("key", sorted(OTHER))
 def test_the_digest_changes_with_each_setting(key: str, tmp_path: Path) -> None:
     assert recipe.load(write(tmp_path, **{key: OTHER[key]})).digest != recipe.load(write(tmp_path)).digest
