@@ -40,7 +40,9 @@ def loaded(kind: Kind, folder: Path) -> Any:
         model = PeftModel.from_pretrained(base_model(kind), str(folder)).eval()
         whole_embeddings = any(name.endswith("base_layer.weight") for name in file)
         taken = get_peft_model_state_dict(model, save_embedding_layers=whole_embeddings)
-    assert set(taken) >= set(file), f"PEFT ignored {sorted(set(file) - set(taken))}"
+    # A Mixtral adapter of transformers 4 is fused as it is loaded, into tensors of other names.
+    ignored = {name for name in set(file) - set(taken) if ".block_sparse_moe." not in name}
+    assert not ignored, f"PEFT ignored {sorted(ignored)}"
     return model
 
 

@@ -18,28 +18,29 @@ MODULES, WIDTH, RANK, CLIENTS = 12, 512, 16, 4
 
 def write_clients(root: Path) -> list[Path]:
     """Four clients with twelve 512 x 512 modules of rank 16."""
+    return [write_client(root / f"client-{i}", seed=i) for i in range(CLIENTS)]
+
+
+def write_client(folder: Path, *, seed: int, modules: int = MODULES, width: int = WIDTH, rank: int = RANK) -> Path:
+    """One client with so many square modules."""
     import torch
     from safetensors.torch import save_file
 
     from lora_merge.statement import Statement
 
-    folders = []
-    for client in range(CLIENTS):
-        folder = root / f"client-{client}"
-        folder.mkdir(parents=True)
-        generator = torch.Generator().manual_seed(client)
-        tensors = {}
-        for module in range(MODULES):
-            name = f"base_model.model.layers.{module}.proj"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, WIDTH, generator=generator)
-            tensors[f"{name}.lora_B.weight"] = torch.randn(WIDTH, RANK, generator=generator)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["proj"]}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        statement = Statement(client_id=f"org/client-{client}", num_examples=10 + client)
-        (folder / "lora_merge.json").write_text(statement.to_json())
-        folders.append(folder)
-    return folders
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module in range(modules):
+        name = f"base_model.model.layers.{module}.proj"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(width, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    statement = Statement(client_id=f"org/{folder.name}", num_examples=10 + seed)
+    (folder / "lora_merge.json").write_text(statement.to_json())
+    return folder
 
 
 def die_at(count: int, root: Path) -> None:
