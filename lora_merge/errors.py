@@ -6,6 +6,7 @@ LoraMergeError              1  a bug of ours, when raised bare
 ├── RefusedError            3  an input was read and refused; carries every problem of every client
 ├── NotFoundError           4  nothing there, or no access to it
 ├── NetworkError            5  the network failed; trying again may help
+├── ConflictError           6  somebody else changed what was to be changed
 └── StorageError            7  the disk or the local file system failed
 
 An error says what is wrong, in whose input, and (in ``hint``) what to do next.
@@ -93,6 +94,12 @@ class NetworkError(LoraMergeError):
     """The network failed; the same command may work later."""
 
     exit_code = 5
+
+
+class ConflictError(LoraMergeError):
+    """Somebody else changed, or made, what this run was about to change."""
+
+    exit_code = 6
 
 
 class StorageError(LoraMergeError):

@@ -1,0 +1,86 @@
+"""Who may do what: asked before hours of training or gigabytes of download, not after."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+
+from lora_merge.errors import NotFoundError
+from lora_merge.hub.client import endpoint
+from lora_merge.hub.failures import asking, write_token
+
+_MAY_WRITE = ("admin", "write", "contributor")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whose token is used, and what it may do.
+
+    Attributes:
+        role: `read`, `write` or `fineGrained`; None where the Hub does not say.
+        orgs: the user's role in each organisation, None where the Hub does not say.
+        writable: of a fine-grained token, the users, organisations and repositories that it may write to.
+    """
+
+    name: str
+    role: str | None
+    orgs: Mapping[str, str | None]
+    writable: frozenset[str] = frozenset()
+
+
+def whoami(api: HfApi) -> Account:
+    """The owner of the token in use.
+
+    Raises:
+        NotFoundError: there is no token, or the Hub does not know it.
+        NetworkError: the Hub cannot be reached.
+    """
+    if not get_token():
+        raise NotFoundError("This needs a token of the Hub, and there is none here.", hint="hf auth login")
+    with asking("your account"):
+        answer: dict[str, Any] = api.whoami()
+        token = (answer.get("auth") or {}).get("accessToken") or {}
+        return Account(
+            name=answer["name"],
+            role=token.get("role"),
+            orgs={org["name"]: org.get("roleInOrg") for org in answer.get("orgs") or []},
+            writable=_writable(token.get("fineGrained") or {}),
+        )
+
+
+def _writable(grants: Mapping[str, Any]) -> frozenset[str]:
+    entries = [entry for entry in grants.get("scoped") or [] if "repo.write" in (entry.get("permissions") or [])]
+    return frozenset(entry["entity"]["name"] for entry in entries)
+
+
+def require_write(api: HfApi, repo: str) -> Account:
+    """Raise unless the token may write to `repo`, an `org/name` that need not exist yet; two calls at most.
+
+    Raises:
+        NotFoundError: no token, a read-only one, or one that may not write there; with the next command.
+        NetworkError: the Hub cannot be reached.
+    """
+    account = whoami(api)
+    owner = repo.partition("/")[0]
+    if account.role == "read":
+        raise NotFoundError(
+            f"The token of {account.name} may only read, and {repo} is to be written.", hint=write_token()
+        )
+    if account.role == "fineGrained" and account.writable.isdisjoint((owner, repo)):
+        raise NotFoundError(f"The token of {account.name} is not given write access to {repo}.", hint=write_token())
+    if owner != account.name and (role := account.orgs.get(owner, "not a member")) not in (*_MAY_WRITE, None):
+        hint = f"Ask {owner} to let you write, or propose a change with --create-pr. See {endpoint()}/{owner}"
+        raise NotFoundError(f"{account.name} may not write to {owner} (role: {role}).", hint=hint)
+    return account
+
+
+def require_read(api: HfApi, repo: str) -> None:
+    """Raise unless the files of `repo` may be read; one call.
+
+    Raises:
+        NotFoundError: it is not there, private or gated; with the next command.
+        NetworkError: the Hub cannot be reached.
+    """
+    with asking(repo):
+        api.auth_check(repo)

@@ -1,0 +1,177 @@
+"""The client behind every call to the Hub: no call without a deadline, no wait beyond --max-wait.
+
+huggingface_hub passes `timeout=None` to most of its calls and sleeps as long as a server says. It takes its HTTP
+client from a factory, so ours is one that times out, waits and gives up by our own rules, and says so.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import httpx2
+from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub.utils import _http as library  # its event hook and the present factory have no public name
+
+from lora_merge import __version__
+from lora_merge.errors import NetworkError
+
+Tell: TypeAlias = Callable[[str], None]
+
+MAX_WAIT = 300.0  # seconds: the Hub counts its limits by five minutes
+BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names none
+TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
+CALL_SECONDS = 60.0
+SLOWEST_BYTES_A_SECOND = 10_000
+
+_BUSY = (408, 429, 500, 502, 503, 504)
+# These only ask, whatever their method; asking twice does no harm.
+_ASKING = re.compile(r"/(preupload/|paths-info/|info/lfs/objects/batch$)|/api/validate-yaml$")
+
+
+@contextmanager
+def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> Iterator[HfApi]:
+    """The Hub's API (at HF_ENDPOINT, with the user's token), whose every call has a deadline.
+
+    Args:
+        max_wait: the seconds that one call may wait for a busy Hub, all waits together.
+        tell: called with a line when a wait begins.
+    """
+    patience = Patience(max_wait, tell)
+    before = library._GLOBAL_CLIENT_FACTORY
+    set_client_factory(lambda: HubClient(patience))
+    try:
+        yield HfApi(library_name="lora-merge", library_version=__version__)
+    finally:
+        patience.end()
+        set_client_factory(before)
+
+
+class Patience:
+    """How long calls may still wait, shared by all threads of a session."""
+
+    def __init__(self, max_wait: float, tell: Tell) -> None:
+        self.max_wait = max_wait
+        self._tell = tell
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._told_until = 0.0
+
+    def wait(self, seconds: float, waited: float, why: str) -> None:
+        """Sleep, and say so; at once an error where it would take longer than allowed, or the session ended."""
+        if waited + seconds > self.max_wait:
+            asked = f" and asks to wait {seconds:.0f} s" if seconds > max(BACKOFF) else ""
+            raise NetworkError(
+                f"{why}{asked}; gave up after {waited:.0f} s.", hint="Try again later, or raise --max-wait."
+            )
+        self._say(seconds, why)
+        if self._ended.wait(seconds):
+            raise NetworkError("The session with the Hub has ended.")
+
+    def end(self) -> None:
+        """Wake whoever waits."""
+        self._ended.set()
+
+    def _say(self, seconds: float, why: str) -> None:
+        until = time.monotonic() + seconds
+        with self._lock:  # eight threads that wait for the same limit say it once
+            if until <= self._told_until + 1:
+                return
+            self._told_until = until
+        self._tell(f"{why}; trying again in {seconds:.0f} s.")
+
+
+class HubClient(httpx2.Client):
+    """An HTTP client that tries again where that is safe, within its patience, and never waits without a limit."""
+
+    def __init__(self, patience: Patience) -> None:
+        hooks = {"request": [library.hf_request_event_hook]}
+        super().__init__(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT)
+        self.patience = patience
+
+    def build_request(self, *args: Any, timeout: Any = None, **options: Any) -> httpx2.Request:
+        chosen = timeout if isinstance(timeout, (int, float, httpx2.Timeout)) else TIMEOUT
+        return super().build_request(*args, timeout=chosen, **options)
+
+    def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        if request.url.path.endswith("/api/agent-harnesses"):
+            return httpx2.Response(404, request=request)  # the library's own statistics; not worth a call or a wait
+        waited = 0.0
+        for attempt in range(1_000_000):
+            try:
+                response = self._send_once(request, stream, **options)
+                if not _worth_another_try(request, response):
+                    return response
+                seconds, why = _asked_wait(response), f"{request.url.host} answers {response.status_code}"
+                response.close()
+            except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
+                if not _is_safe_to_repeat(request) and not isinstance(error, httpx2.ConnectError):
+                    raise
+                seconds, why = None, f"{request.url.host} {_failing(error)}"
+            if seconds is None and attempt >= len(BACKOFF):
+                raise NetworkError(f"{why}, {attempt + 1} times.", hint="Try again later.")
+            wait = BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds
+            self.patience.wait(wait, waited, why)
+            waited += wait
+        raise AssertionError("unreachable")
+
+    def _send_once(self, request: httpx2.Request, stream: bool, **options: Any) -> httpx2.Response:
+        response = super().send(request, stream=True, **options)
+        length = response.headers.get("Content-Length", "")
+        size = int(length) if length.isdigit() else 0
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = _Deadline(response.stream, CALL_SECONDS + size / SLOWEST_BYTES_A_SECOND)
+        if not stream:
+            try:
+                response.read()
+            finally:
+                response.close()
+        return response
+
+
+class _Deadline(httpx2.SyncByteStream):
+    """A body that must arrive in time: a server that sends a byte now and then never trips a read timeout."""
+
+    def __init__(self, body: httpx2.SyncByteStream, seconds: float) -> None:
+        self._body = body
+        self._until = time.monotonic() + seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._body:
+            if time.monotonic() > self._until:
+                raise NetworkError("The Hub answers too slowly.", hint="Try again later.")
+            yield chunk
+
+    def close(self) -> None:
+        self._body.close()
+
+
+def _worth_another_try(request: httpx2.Request, response: httpx2.Response) -> bool:
+    """Whether the server was busy, and asking again cannot do a thing twice: a limit is checked before all else."""
+    return response.status_code == 429 or (response.status_code in _BUSY and _is_safe_to_repeat(request))
+
+
+def _is_safe_to_repeat(request: httpx2.Request) -> bool:
+    return request.method in ("GET", "HEAD") or bool(_ASKING.search(request.url.path))
+
+
+def _asked_wait(response: httpx2.Response) -> float | None:
+    """The seconds that a busy server asks to wait, by its `RateLimit` header or `Retry-After`."""
+    limit = library.parse_ratelimit_headers(response.headers)
+    if response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds + 1.0
+    asked = response.headers.get("Retry-After", "").strip()
+    return float(asked[:9]) if asked.isdigit() else None
+
+
+def _failing(error: Exception) -> str:
+    if isinstance(error, httpx2.ConnectError):
+        return "cannot be reached"
+    return "does not answer" if isinstance(error, httpx2.TimeoutException) else "breaks the connection"
+
+
+def endpoint() -> str:
+    """The Hub's address: HF_ENDPOINT, or https://huggingface.co."""
+    return str(constants.ENDPOINT)
