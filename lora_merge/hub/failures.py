@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx2
-from huggingface_hub import get_token
 from huggingface_hub import errors as hub
+from huggingface_hub import get_token
 
 from lora_merge.errors import (
     ConflictError,
