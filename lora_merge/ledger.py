@@ -2,12 +2,23 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 FILE_NAME = "aggregation.json"
 SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class LedgerError(ValueError):
+    """A ledger is malformed. ``field`` names the entry."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)
@@ -82,8 +93,111 @@ class Ledger:
         """The file's text, ending in a newline."""
         return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Ledger":
+        """Read a parsed file strictly.
+
+        Raises:
+            LedgerError: an entry is missing, unknown, or of a wrong form.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise LedgerError("schema_version", f"must be {SCHEMA_VERSION}, is {str(version)[:40]}")
+        return _read(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
+
 
 def _error(part: Mapping[str, float]) -> str:
     value, spread = part["relative_error"], part.get("standard_error")
     text = f"{value:.2%}" if value >= 1e-3 else f"{value:.1e}"
     return text if spread is None or math.isnan(spread) else f"{text} ± {spread:.1e}"
+
+
+def _read(kind: type[T], where: str, data: Any) -> T:
+    """A dataclass from its entries, each by its form below."""
+    _object(where or "ledger", data)
+    known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - set(known)):
+        raise LedgerError(f"{where}{unknown[0][:100]}", "unknown entry")
+    required = {name for name, entry in known.items() if entry.default is entry.default_factory is MISSING}
+    if missing := sorted(required - set(data)):
+        raise LedgerError(f"{where}{missing[0]}", "is missing")
+    return kind(**{name: _FORMS[name](f"{where}{name}", value) for name, value in data.items()})
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise LedgerError(name, "must be an object")
+    return value
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise LedgerError(name, "must be a list")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}", value)):
+        raise LedgerError(name, "must be a short text")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise LedgerError(name, "must be a finite number from 0 up")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise LedgerError(name, "must be a whole number from 0 up")
+    return value
+
+
+def _values(form: Callable[[str, Any], T]) -> Callable[[str, Any], dict[str, T]]:
+    return lambda name, value: {key: form(f"{name}.{key[:100]}", item) for key, item in _object(name, value).items()}
+
+
+def _items(form: Callable[[str, Any], T]) -> Callable[[str, Any], list[T]]:
+    return lambda name, value: [form(f"{name}[{index}]", item) for index, item in enumerate(_list(name, value))]
+
+
+def _or_null(form: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
+    return lambda name, value: None if value is None else form(name, value)
+
+
+def _sha256(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        raise LedgerError(name, "must be a sha256 in hex")
+    return value
+
+
+_FORMS: dict[str, Callable[[str, Any], Any]] = {
+    "method": _text,
+    "options": _object,
+    "global_lr": _number,
+    "weighting": _text,
+    "total_weight": _number,
+    "base_model": _or_null(_text),
+    "contributions": _items(lambda name, value: _read(Contribution, f"{name}.", value)),
+    "certificate": lambda name, value: _read(Certificate, f"{name}.", value),
+    "forms": _values(_count),
+    "ranks": _items(_count),
+    "dtype": _text,
+    "device": _text,
+    "versions": _values(_text),
+    "parent": _or_null(_text),
+    # of a contribution
+    "client_id": _text,
+    "weight": _number,
+    "share": _number,
+    "num_examples": _or_null(_count),
+    "sha256": _values(_sha256),
+    "recipe": _or_null(_object),
+    # of the certificate
+    "measured_by": _text,
+    "whole": _or_null(_values(_number)),
+    "modules": _values(_values(_number)),
+    "not_measured": _items(_text),
+    "fedavg_would_miss": _or_null(_values(_number)),
+}
