@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem
 
-Clients = Mapping[str, PeftFolder]
+Clients = Mapping[str, Description]
 
 
 def claim_problems(clients: Clients) -> list[Problem]:
@@ -96,7 +96,7 @@ def _minority(values: Mapping[str, str], field: str, how: str) -> Iterator[Probl
             yield Problem(client, field, f"{how} {count} others: {value}, not {usual}")
 
 
-def _weights_hash(client: PeftFolder) -> str | None:
+def _weights_hash(client: Description) -> str | None:
     return client.statement.base_model.weights_sha256 if client.statement else None
 
 

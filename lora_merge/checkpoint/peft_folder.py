@@ -1,7 +1,7 @@
 """A client's PEFT folder, opened strictly: config, header, statement; its tensors stay in the file until asked for."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,30 +9,44 @@ from pathlib import Path
 from lora_merge.adapter import Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
 from lora_merge.checkpoint.layout import Stored, find_updates
-from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile, open_safetensors, parse_json
+from lora_merge.checkpoint.safetensors_file import (
+    FileRefused,
+    SafetensorsFile,
+    TensorEntry,
+    open_safetensors,
+    parse_json,
+)
 from lora_merge.errors import Problem
 from lora_merge.statement import FILE_NAME, MAX_BYTES, Statement, StatementError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEDGER_NAME = "aggregation.json"
+PICKLE_NAME = "adapter_model.bin"
+READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME)
 # A merged adapter is as wide as its clients together, but never wider than its modules.
 MAX_GLOBAL_R = 1 << 17
 
 
 @dataclass(frozen=True)
-class PeftFolder:
-    """An accepted adapter folder; an `Adapter` whose updates are read from the file when asked for."""
+class Description:
+    """What an adapter's config, statement and header say; its tensors need not be at hand."""
 
-    folder: Path
     config: AdapterConfig
     statement: Statement | None
-    file: SafetensorsFile
     stored: Mapping[str, Stored]
 
     @cached_property
     def specs(self) -> Mapping[str, Spec]:
         return {name: stored.spec for name, stored in self.stored.items()}
+
+
+@dataclass(frozen=True)
+class PeftFolder(Description):
+    """An accepted adapter folder; an `Adapter` whose updates are read from the file when asked for."""
+
+    folder: Path
+    file: SafetensorsFile
 
     def __getitem__(self, module: str) -> Update:
         return self.stored[module].load(self.file)
@@ -52,32 +66,59 @@ def open_folder(folder: Path) -> PeftFolder:
     Raises:
         FolderRefused: with every reason to refuse it.
     """
-    if (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS_NAME).exists():
+    names = [name for name in (*READ_NAMES, PICKLE_NAME) if (folder / name).exists()]
+    opened: list[SafetensorsFile] = []
+
+    def entries() -> Mapping[str, TensorEntry]:
+        opened.append(open_safetensors(folder / WEIGHTS_NAME))
+        return opened[0].entries
+
+    try:
+        found = describe(names, lambda name, limit: _read_small(folder / name, limit), entries)
+    except BaseException:
+        for file in opened:
+            file.close()
+        raise
+    return PeftFolder(found.config, found.statement, found.stored, folder, opened[0])
+
+
+def describe(
+    names: Collection[str], read: Callable[[str, int], bytes], entries: Callable[[], Mapping[str, TensorEntry]]
+) -> Description:
+    """An adapter from its small files and its header, wherever they lie.
+
+    Args:
+        names: the files that are there.
+        read: a small file's bytes by name, of which so many are accepted; raises `FileRefused`.
+        entries: the weights' header; raises `FileRefused` or `OSError`.
+
+    Raises:
+        FolderRefused: with every reason to refuse it.
+    """
+    if PICKLE_NAME in names and WEIGHTS_NAME not in names:
         reason = "is a pickle, which can run code when read; only adapter_model.safetensors is accepted"
-        raise FolderRefused([FileRefused("adapter_model.bin", reason)])
-    is_global = (folder / LEDGER_NAME).exists()
+        raise FolderRefused([FileRefused(PICKLE_NAME, reason)])
     problems: list[FileRefused] = []
     statement = config = None
     try:
-        data = parse_json(_read_small(folder / CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
-        config, problems = read_config(data, max_r=MAX_GLOBAL_R if is_global else MAX_R)
+        data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
+        config, problems = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
     except FileRefused as problem:
         problems.append(problem)
     try:
-        statement = read_statement(folder)
+        statement = _statement(read(FILE_NAME, MAX_BYTES)) if FILE_NAME in names else None
     except FileRefused as problem:
         problems.append(problem)
     try:
-        file = open_safetensors(folder / WEIGHTS_NAME)
+        header = entries()
     except FileRefused as problem:
         raise FolderRefused([*problems, FileRefused(f"{WEIGHTS_NAME}, {problem.field}", problem.reason)]) from None
     except OSError as error:
         raise FolderRefused([*problems, FileRefused(WEIGHTS_NAME, error.strerror or "cannot be read")]) from None
     if config is not None and not problems:
-        stored, problems = find_updates(file.entries, config)
+        stored, problems = find_updates(header, config)
         if not problems:
-            return PeftFolder(folder, config, statement, file, stored)
-    file.close()
+            return Description(config, statement, stored)
     raise FolderRefused(problems)
 
 
@@ -95,10 +136,12 @@ class FolderRefused(ValueError):
 
 def read_statement(folder: Path) -> Statement | None:
     """The folder's `lora_merge.json`, or None where it has none; raises `FileRefused` where it is malformed."""
-    if not (folder / FILE_NAME).exists():
-        return None
+    return _statement(_read_small(folder / FILE_NAME, MAX_BYTES)) if (folder / FILE_NAME).exists() else None
+
+
+def _statement(text: bytes) -> Statement:
     try:
-        return Statement.from_json(parse_json(_read_small(folder / FILE_NAME, MAX_BYTES), FILE_NAME))
+        return Statement.from_json(parse_json(text, FILE_NAME))
     except StatementError as error:
         raise FileRefused(f"{FILE_NAME}, {error.field}", error.reason) from error
 

@@ -104,20 +104,32 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _entries(descriptor: int, size: int) -> dict[str, TensorEntry]:
-    lead = os.pread(descriptor, 8, 0)
+    header = bytearray(header_bytes(os.pread(descriptor, 8, 0)))
+    _read_into(descriptor, memoryview(header), 0, "header")
+    return read_header(bytes(header), size)
+
+
+def header_bytes(lead: bytes) -> int:
+    """The header's size, its length field included, from the file's first 8 bytes; raises `FileRefused`."""
     if len(lead) < 8:
         raise FileRefused("header", "the file is shorter than a safetensors header")
-    (length,) = struct.unpack("<Q", lead)
+    (length,) = struct.unpack("<Q", lead[:8])
     if length > MAX_HEADER_BYTES:
         raise FileRefused("header", f"{length} bytes; at most {MAX_HEADER_BYTES} are accepted")
-    text = bytearray(length)
-    _read_into(descriptor, memoryview(text), 8, "header")
-    header = parse_json(bytes(text), "header")
+    return 8 + int(length)
+
+
+def read_header(text: bytes, size: int) -> dict[str, TensorEntry]:
+    """The tensors of a file of `size` bytes that begins with `text`; raises `FileRefused`."""
+    start = header_bytes(text)
+    if len(text) < start:
+        raise FileRefused("header", "the file ends before it")
+    header = parse_json(text[8:start], "header")
     header.pop("__metadata__", None)
     if not header:
         raise FileRefused("header", "names no tensor")
-    entries = {name: _entry(name, value, 8 + length) for name, value in header.items()}
-    _check_cover(entries, 8 + length, size)
+    entries = {name: _entry(name, value, start) for name, value in header.items()}
+    _check_cover(entries, start, size)
     return entries
 
 
