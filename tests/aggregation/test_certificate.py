@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_merge import aggregate
+from lora_merge.errors import RefusedError
 from tests.adapters import KINDS, PLAIN, Kind, edited
 from tests.conftest import Federations
 from tests.dense import delta_weights, mean_deltas
@@ -59,6 +60,35 @@ def test_it_is_the_dense_error_for_every_kind(kind: Kind, federations: Federatio
     assert said["not_measured"] == []
     whole, _ = dense_errors(kind, tmp_path / "global", made.clients)
     assert said["whole"]["relative_error"] == pytest.approx(whole, rel=DIGITS, abs=1e-7)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ffa"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.by_layer], ids=lambda kind: kind.name)
+def test_a_method_that_is_no_mean_states_the_dense_error_or_refuses_the_kind(
+    method: str, kind: Kind, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(kind)
+    refusal = None
+    try:
+        aggregate(made.clients, tmp_path / "global", method=method, base=made.base)
+    except RefusedError as refused:
+        refusal = refused
+    if refusal:
+        assert {problem.field for problem in refusal.problems} <= {"method", "r", "use_dora"}
+        assert list(tmp_path.iterdir()) == []
+    else:
+        whole, _ = dense_errors(kind, tmp_path / "global", made.clients)
+        assert certificate(tmp_path / "global")["whole"]["relative_error"] == pytest.approx(whole, rel=DIGITS, abs=1e-7)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ffa"])
+@pytest.mark.parametrize("name", ["rslora", "DoRA", "DoRA and plain LoRA"])
+def test_averaging_the_factors_refuses_different_ranks_and_dora(
+    name: str, method: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == name))
+    with pytest.raises(RefusedError):
+        aggregate(made.clients, tmp_path / "global", method=method, base=made.base)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
