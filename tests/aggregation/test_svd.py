@@ -11,7 +11,8 @@ from torch import Tensor
 from lora_merge import aggregate
 from lora_merge.aggregation import lowrank
 from lora_merge.errors import UsageError
-from tests.adapters import PLAIN, edited
+from tests.adapters import KINDS, PLAIN, edited
+from tests.conftest import Federations
 from tests.dense import delta_weights, mean_deltas
 
 Folders = tuple[Path, ...]
@@ -29,6 +30,32 @@ def test_a_rank_of_n_is_as_near_to_the_mean_as_the_dense_svd(rank: int, plain: F
     for name, M in wanted.items():
         error = float((got[name] - M).norm())
         assert error == pytest.approx(tail(M, rank), rel=1e-6, abs=1e-6 * float(M.norm()))
+
+
+BLOCKWISE = {
+    "Conv1D": {"transformer.h.0.attn.c_attn.weight": lambda M: M.T[None]},
+    "embedding": {"model.embed_tokens.weight": lambda M: M.T[None]},
+    "modules_to_save of a classifier": {
+        "square.weight": lambda M: M.flatten(1)[None],
+        "point.weight": lambda M: M.flatten(1)[None],
+        "line.weight": lambda M: M.flatten(1)[None],
+    },
+    # One rank for all experts: each expert's block is truncated by itself.
+    "experts": {"experts.up": lambda M: M, "experts.down": lambda M: M},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_each_block_of_every_layout_is_as_near_as_its_own_dense_svd(
+    name: str, federations: Federations, tmp_path: Path
+) -> None:
+    kind = next(kind for kind in KINDS if kind.name == name)
+    folders = federations(kind).clients
+    aggregate(folders, tmp_path / "global", method="svd", rank=2)
+    wanted, got = mean_deltas(kind, folders), delta_weights(kind, tmp_path / "global")
+    for tensor, blocks in BLOCKWISE[name].items():
+        least = sum(tail(block, 2) ** 2 for block in blocks(wanted[tensor])) ** 0.5
+        assert float((got[tensor] - wanted[tensor]).norm()) == pytest.approx(least, rel=1e-6)
 
 
 def test_a_rank_above_what_is_there_is_what_is_there(plain: Folders, tmp_path: Path) -> None:
