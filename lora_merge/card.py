@@ -1,59 +1,247 @@
-"""The model card of a merged adapter, from its ledger."""
+"""The model card: the Hub's metadata, what the adapter is made of, and how to make it again.
 
-from collections.abc import Iterator, Mapping
+`aggregate` writes it without knowing where it will be published; `push` writes it anew with the repository's name.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from lora_merge.ledger import Contribution, Ledger
+from lora_merge.statement import Statement
+
+TAGS = ("lora", "lora-merge", "federated-learning")
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def card(ledger: Ledger, *, task_type: str | None, base_is_local: bool) -> str:
-    """README.md: the Hub's metadata, what was merged, and how exact it is."""
-    front = yaml.safe_dump(_metadata(ledger, task_type, base_is_local), sort_keys=False)
-    return f"---\n{front}---\n\n" + "\n".join(_body(ledger)) + "\n"
+@dataclass(frozen=True)
+class Result:
+    """One model's held-out loss (nats a token) with its 95 % interval, and its perplexity."""
+
+    name: str
+    kind: str
+    loss: float
+    low: float
+    high: float
+    perplexity: float
 
 
-def _metadata(ledger: Ledger, task_type: str | None, base_is_local: bool) -> Mapping[str, Any]:
-    metadata: dict[str, Any] = {}
-    if ledger.base_model and not base_is_local:
-        metadata |= {"base_model": ledger.base_model, "base_model_relation": "adapter"}
-    metadata |= {"library_name": "peft", "tags": ["lora", "lora-merge", "federated-learning"]}
+@dataclass(frozen=True)
+class Results:
+    """What `lora-merge evaluate` measured: on which rows, of which models, and which of them the card is about."""
+
+    data: str
+    rows: int
+    models: Sequence[Result]
+    own: Result
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is known of where a card will lie.
+
+    Attributes:
+        repo: the repository; None where it is not known yet.
+        has_lock: `lora-merge.lock` lies beside it, so `lora-merge verify` can make it again.
+        private_inputs: how many inputs only some may read; None where that is not known.
+    """
+
+    repo: str | None = None
+    has_lock: bool = False
+    private_inputs: int | None = None
+
+
+def global_card(
+    ledger: Ledger,
+    *,
+    task_type: str | None,
+    base_is_local: bool,
+    place: Place | None = None,
+    results: Results | None = None,
+) -> str:
+    """README.md of a merged adapter. A base model whose name is a path on somebody's machine is left out."""
+    place = place or Place()
+    base = None if base_is_local else ledger.base_model
+    body = ["# Global adapter", "", *_merge(ledger), "", *_contributions(ledger), ""]
+    body += [*_use(base, place.repo), *_results(results), *_reproduction(ledger, place)]
+    body += ["No averaging rule stops a backdoor whose update is as large as an honest one: evaluate what you use."]
+    return _card(base, task_type, "lora-merge-global", place.repo, results, body)
+
+
+def client_card(
+    statement: Statement | None,
+    *,
+    base_model: str | None,
+    task_type: str | None,
+    repo: str,
+    results: Results | None = None,
+) -> str:
+    """README.md of a client's adapter, from its `lora_merge.json`."""
+    body = [f"# {_cell(statement.client_id if statement else repo)}", ""]
+    body += ["A LoRA adapter, fine-tuned on rows that stay where they are.", "", *_statement(statement)]
+    body += [*_use(base_model, repo), *_results(results)]
+    return _card(base_model, task_type, "lora-merge-client", repo, results, body)
+
+
+def completed_card(text: str, ours: str) -> str:
+    """A card that somebody wrote, with what our metadata has and its own lacks; its text is left alone.
+
+    Raises:
+        ValueError: its metadata is not a mapping in YAML.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    card: Any = ModelCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+    made: Any = ModelCard(ours)
+    own, more = card.data.to_dict(), made.data.to_dict()
+    merged = more | {key: value for key, value in own.items() if value}
+    merged["tags"] = list(dict.fromkeys([*(own.get("tags") or []), *more["tags"]]))
+    if "model-index" in more:
+        merged["model-index"] = more["model-index"]
+    return f"---\n{ModelCardData(**merged).to_yaml()}\n---\n{card.text}"
+
+
+def _card(
+    base: str | None, task_type: str | None, tag: str, repo: str | None, results: Results | None, body: Sequence[str]
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    data: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    data |= {"library_name": "peft", "tags": [*TAGS, tag]}
     if task_type == "CAUSAL_LM":
-        metadata["pipeline_tag"] = "text-generation"
-    return metadata
+        data["pipeline_tag"] = "text-generation"
+    if results:
+        data |= {"model_name": (repo or "adapter").rpartition("/")[2], "eval_results": _eval_results(results)}
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n" + "\n".join(body).rstrip() + "\n"
 
 
-def _body(ledger: Ledger) -> Iterator[str]:
-    yield "# Global adapter"
-    yield ""
+def _eval_results(results: Results) -> list[Any]:
+    from huggingface_hub import EvalResult
+
+    task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Held-out rows"}
+    data: dict[str, Any] = {"dataset_type": results.data, "dataset_name": results.data}
+    metrics = (("loss", "Loss, nats a token", results.own.loss), ("perplexity", "Perplexity", results.own.perplexity))
+    return [
+        EvalResult(**task, **data, metric_type=kind, metric_name=name, metric_value=round(value, 6))
+        for kind, name, value in metrics
+    ]
+
+
+def _merge(ledger: Ledger) -> Iterator[str]:
     yield f"{len(ledger.contributions)} LoRA adapters that were fine-tuned apart, merged by `lora-merge aggregate`:"
-    yield f"method `{ledger.method}`, weights by {ledger.weighting}, global learning rate {ledger.global_lr:g}."
+    yield f"method `{_cell(ledger.method)}`, weights by {_cell(ledger.weighting)}, "
+    yield f"global learning rate {ledger.global_lr:g}."
     yield ""
     yield f"* Against the weighted mean of the clients' updates: {ledger.certificate.sentence()}."
     if ledger.method == "exact" and ledger.certificate.measured_by != "off":
         yield f"* Averaging lora_A and lora_B apart would have missed it by: {ledger.certificate.gap_sentence()}."
     if ledger.ranks:
         yield f"* Rank: {_range(ledger.ranks)}."
-    yield ""
-    yield "| client | examples | share | sha256 of the weights |"
-    yield "| --- | ---: | ---: | --- |"
-    yield from (_row(contribution) for contribution in ledger.contributions)
-    yield ""
-    yield "No averaging rule stops a backdoor whose update is as large as an honest one: evaluate what you use."
 
 
-def _row(contribution: Contribution) -> str:
-    examples = "not stated" if contribution.num_examples is None else str(contribution.num_examples)
-    digest = contribution.sha256["adapter_model.safetensors"]
-    return f"| {_cell(contribution.client_id)} | {examples} | {contribution.share:.4f} | `{digest[:16]}…` |"
+def _contributions(ledger: Ledger) -> Iterator[str]:
+    yield "| client | adapter | examples | share | sha256 of the weights |"
+    yield "| --- | --- | ---: | ---: | --- |"
+    for contribution in ledger.contributions:
+        examples = "not stated" if contribution.num_examples is None else str(contribution.num_examples)
+        digest = contribution.sha256.get("adapter_model.safetensors", "")[:16]
+        cells = (_cell(contribution.client_id), origin(contribution), examples, f"{contribution.share:.4f}")
+        yield f"| {' | '.join(cells)} | `{digest}…` |"
+
+
+def origin(contribution: Contribution) -> str:
+    """`org/name@commit` where an adapter came from the Hub, else that it came from a folder."""
+    source, commit = getattr(contribution, "source", None), getattr(contribution, "commit", None)
+    return f"{_cell(source)}@{commit[:12]}" if source and commit else "a folder"
+
+
+def _statement(statement: Statement | None) -> Iterator[str]:
+    if statement is None:
+        return
+    base = statement.base_model
+    yield "| | |"
+    yield "| --- | --- |"
+    if base.repo:
+        yield f"| base model | {_cell(base.repo)}{f'@{base.commit[:12]}' if base.commit else ''} |"
+    if base.weights_sha256:
+        yield f"| its weights | `{base.weights_sha256[:16]}…` |"
+    if statement.recipe:
+        yield f"| recipe | {_cell(statement.recipe.name)}, digest `{statement.recipe.digest[:12]}` |"
+        for key, value in statement.recipe.overrides.items():
+            yield f"| set otherwise | {_cell(key)} = {_cell(str(value))} |"
+    counts = (("examples", statement.num_examples), ("epochs", statement.local_epochs), ("steps", statement.steps))
+    for name, number in counts:
+        if number is not None:
+            yield f"| {name} | {number:g} |" if isinstance(number, float) else f"| {name} | {number} |"
+    yield ""
+
+
+def _use(base: str | None, repo: str | None) -> Iterator[str]:
+    if base and repo and all(map(_REPOSITORY.fullmatch, (base, repo))):
+        yield "```python"
+        yield "from peft import PeftModel"
+        yield "from transformers import AutoModelForCausalLM"
+        yield ""
+        yield f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{repo}")'
+        yield "```"
+        yield ""
+
+
+def _results(results: Results | None) -> Iterator[str]:
+    if results is None:
+        return
+    yield f"## On {results.rows} held-out rows of {_cell(results.data)}"
+    yield ""
+    yield "| model | loss, nats a token (95 % interval) | perplexity |"
+    yield "| --- | ---: | ---: |"
+    for result in results.models:
+        loss = f"{result.loss:.3f} ({result.low:.3f} to {result.high:.3f})"
+        name = f"**{_cell(result.name)}**" if result is results.own else _cell(result.name)
+        yield f"| {name} | {loss} | {result.perplexity:.2f} |"
+    yield ""
+
+
+def _reproduction(ledger: Ledger, place: Place) -> Iterator[str]:
+    yield "## Make it again"
+    yield ""
+    yield "```bash"
+    yield from [f"lora-merge verify {place.repo or 'FOLDER'}"] if place.has_lock else [_command(ledger)]
+    yield "```"
+    yield ""
+    folders = sum(origin(contribution) == "a folder" for contribution in ledger.contributions)
+    if folders:
+        yield f"Needs the folders of {folders} of the {len(ledger.contributions)} adapters; their hashes are above."
+        yield ""
+    if place.private_inputs:
+        yield f"{place.private_inputs} of the adapters are in private repositories: only who may read those can verify."
+        yield ""
+
+
+def _command(ledger: Ledger) -> str:
+    """The `aggregate` that made it, over the same adapters."""
+    sources = [origin(contribution) for contribution in ledger.contributions]
+    pinned = "FOLDERS…" if "a folder" in sources else " ".join(_pinned(entry) for entry in ledger.contributions)
+    rank, energy = ledger.options.get("rank"), ledger.options.get("energy")
+    words = [f"lora-merge aggregate {pinned} --method {_cell(ledger.method)}"]
+    words += [f"--rank {_cell(str(rank))}"] if rank else []
+    words += [f"--energy {energy}"] if rank == "auto" and isinstance(energy, float) else []
+    words += [f"--weights {'FILE' if ledger.weighting == 'given' else _cell(ledger.weighting)}"]
+    words += [f"--global-lr {ledger.global_lr:g}"] if ledger.global_lr != 1 else []
+    words += [f"--dtype {_cell(ledger.dtype)}"] if ledger.dtype != "fp32" else []
+    return " ".join([*words, "--output global"])
+
+
+def _pinned(contribution: Contribution) -> str:
+    return f"{_cell(getattr(contribution, 'source', ''))}@{getattr(contribution, 'commit', '')}"
 
 
 def _cell(text: str) -> str:
-    """A client's name in a Markdown table: a folder's name may hold anything, so only plain letters go through."""
-    return "".join(char if char.isalnum() or char in "._-/" else "�" for char in text)
+    """A stranger's text in a Markdown table: a folder's name may hold anything, so only plain letters go through."""
+    return "".join(char if char.isalnum() or char in "._-/" else "�" for char in text[:200])
 
 
-def _range(ranks: tuple[int, ...] | Any) -> str:
+def _range(ranks: Sequence[int]) -> str:
     low, high = min(ranks), max(ranks)
     return str(low) if low == high else f"{low} to {high}, by module"

@@ -14,7 +14,7 @@ from lora_merge.adapter import TokenSpec
 from lora_merge.aggregation.certificate import SquaredError, relative_error
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import agreed_base_model, is_local
-from lora_merge.card import card
+from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings
@@ -103,7 +103,7 @@ def write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder],
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     (work / LEDGER_NAME).write_text(ledger.to_json())
     local = ledger.base_model is not None and is_local(ledger.base_model)
-    (work / "README.md").write_text(card(ledger, task_type=config["task_type"], base_is_local=local))
+    (work / "README.md").write_text(global_card(ledger, task_type=config["task_type"], base_is_local=local))
 
 
 def _tokens(folders: Mapping[str, PeftFolder]) -> dict[str, tuple[int, ...]]:

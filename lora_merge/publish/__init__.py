@@ -1,0 +1,1 @@
+"""Publishing an adapter folder: allow-listed files, scanned for secrets, in one commit."""

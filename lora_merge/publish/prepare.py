@@ -1,0 +1,146 @@
+"""From an adapter folder to the files to publish: accepted by the strict reader, carded, scanned for secrets."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from yaml import YAMLError
+
+from lora_merge.agreement import is_local
+from lora_merge.card import Place, client_card, completed_card, global_card
+from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.ledger import FILE_NAME as LEDGER_NAME
+from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.publish.files import (
+    CARD_NAME,
+    PublishedFile,
+    RecordFile,
+    left_out,
+    read_header,
+    read_records,
+    weights_files,
+)
+from lora_merge.publish.results import read_results
+from lora_merge.publish.secrets import find_secrets
+
+LOCK_NAME = "lora-merge.lock"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that may be published: its files, what is left out, and what the user should know of it."""
+
+    files: Sequence[PublishedFile]
+    left_out: Sequence[str]
+    warnings: Sequence[str]
+
+
+def prepare(
+    folder: Path, repo: str, *, evaluation: Path | None = None, own: Mapping[str, str] | None = None
+) -> Prepared:
+    """The files of `folder` to publish as `repo`. Nothing is written, and the Hub is not asked.
+
+    Args:
+        evaluation: what `lora-merge evaluate --json` printed; goes into the card.
+        own: texts that must not get out whatever their form, by kind (see `find_secrets`).
+
+    Raises:
+        NotFoundError: there is no such folder, or no such evaluation.
+        RefusedError: it is not an adapter that we accept, its base model is a path, or it holds a secret.
+        UsageError: the evaluation is not one, or not of this adapter.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"There is no folder {folder}.", hint="lora-merge push DIR ORG/NAME")
+    adapter = _accepted(folder)
+    try:
+        records, weights = read_records(folder), list(weights_files(folder))
+        ledger = _ledger(folder, records)
+        _require_repository_as_base(adapter, ledger)
+        records[CARD_NAME] = _card(adapter, ledger, records, repo, evaluation).encode()
+        _require_no_secrets(folder, {**records, **{file.name: read_header(file.path) for file in weights}}, own or {})
+    finally:
+        adapter.close()
+    files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
+    return Prepared(files, left_out(folder), list(_warnings(adapter)))
+
+
+def _accepted(folder: Path) -> PeftFolder:
+    try:
+        return open_folder(folder)
+    except FolderRefused as error:
+        raise RefusedError(error.problems(str(folder))) from error
+
+
+def _ledger(folder: Path, records: Mapping[str, bytes]) -> Ledger | None:
+    if LEDGER_NAME not in records:
+        return None
+    try:
+        return Ledger.from_json(parse_json(records[LEDGER_NAME], LEDGER_NAME))
+    except (FileRefused, LedgerError) as error:
+        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
+
+
+def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> None:
+    stated = adapter.statement.base_model.repo if adapter.statement else None
+    names = {
+        "adapter_config.json, base_model_name_or_path": adapter.config.base_model,
+        "lora_merge.json, base_model.repo": stated,
+        "aggregation.json, base_model": ledger.base_model if ledger else None,
+    }
+    problems = [
+        Problem(str(adapter.folder), field, "is a path on this machine, or a name that the Hub cannot have")
+        for field, name in names.items()
+        if name and not _REPOSITORY.fullmatch(name)
+    ] or [
+        Problem(str(adapter.folder), field, f"{name} is a folder here too, so it may be either")
+        for field, name in names.items()
+        if name and name != stated and Path(name).is_dir()
+    ]
+    if problems:
+        hint = "Write the base model's repository id there, as in org/model: only you know which one it is."
+        raise RefusedError(problems, hint=hint)
+
+
+def _card(
+    adapter: PeftFolder, ledger: Ledger | None, records: Mapping[str, bytes], repo: str, evaluation: Path | None
+) -> str:
+    """The card of the records; one that somebody wrote by hand keeps its text."""
+    base, task = adapter.config.base_model, adapter.config.task_type
+    client = adapter.statement.client_id if adapter.statement else None
+    kind = "global" if ledger else "local"
+    results = read_results(evaluation, kind=kind, name=None if ledger else client) if evaluation else None
+    if ledger is None:
+        ours = client_card(adapter.statement, base_model=base, task_type=task, repo=repo, results=results)
+        unnamed = None
+    else:
+        place = Place(repo, LOCK_NAME in records)
+        ours = global_card(ledger, task_type=task, base_is_local=False, place=place, results=results)
+        unnamed = global_card(ledger, task_type=task, base_is_local=is_local(ledger.base_model or ""))
+    there = records.get(CARD_NAME)
+    if there is None or there == (unnamed or "").encode():
+        return ours
+    try:
+        return completed_card(there.decode(), ours)
+    except (ValueError, YAMLError) as error:
+        reason = "is not a model card: its metadata is not YAML, or it is not UTF-8"
+        raise RefusedError([Problem(str(adapter.folder), CARD_NAME, reason)]) from error
+
+
+def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], own: Mapping[str, str]) -> None:
+    problems = [
+        Problem(str(folder), f"{name}, line {secret.line}", f"holds {secret.kind}")
+        for name, content in texts.items()
+        for secret in find_secrets(content.decode("utf-8", errors="replace"), own)
+    ]
+    if problems:
+        hint = "Take it out of the file. A token or a key that was about to be published is best revoked too."
+        raise RefusedError(problems, hint=hint)
+
+
+def _warnings(adapter: PeftFolder) -> Iterator[str]:
+    if not adapter.config.base_model:
+        yield "adapter_config.json names no base model, so nobody will know what this adapter belongs to."

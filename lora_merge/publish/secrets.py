@@ -1,0 +1,95 @@
+"""What must never be published: credentials, and the paths of somebody's home. Found by form; never repeated."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Not inside a longer word: `task-…` holds no `sk-…`, and a sha256 holds no key.
+_START, _END = r"(?<![A-Za-z0-9_])", r"(?![A-Za-z0-9])"
+
+# A path of three parts whose first folders end in home or Users; in an address (`https://host/home/x`) it is no path.
+_POSIX_HOME = r"(?<![\w.:/\-])(?:file:/*)?(?:/[\w.\-]+)*?/(?:home|Users)/+[^\s/\"'`<>|]+"
+
+_FORMS: Mapping[str, str] = {
+    "a Hugging Face token": rf"{_START}(?:hf_|api_org_)[A-Za-z0-9]{{20,}}",
+    "an AWS access key": rf"{_START}(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{{16}}{_END}",
+    "an AWS secret key": r"(?i)aws.{0,20}?(?:secret|private).{0,20}?[=:\s\"']+[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+    "a Google API key": rf"{_START}AIza[A-Za-z0-9_\-]{{35}}",
+    "a Google OAuth secret": rf"{_START}(?:GOCSPX-[A-Za-z0-9_\-]{{20,}}|ya29\.[A-Za-z0-9_\-]{{20,}})",
+    "an Azure storage key": r"AccountKey=[A-Za-z0-9+/]{40,}={0,2}",
+    "a GitHub token": rf"{_START}(?:gh[pousr]_[A-Za-z0-9]{{20,}}|github_pat_[A-Za-z0-9_]{{20,}})",
+    "a GitLab token": rf"{_START}gl(?:pat|dt|rt|cbt|ptt|oas)-[A-Za-z0-9_\-]{{20,}}",
+    "an API key of the form sk-…": rf"{_START}sk-(?=[A-Za-z_\-]*[0-9])[A-Za-z0-9_\-]{{20,}}",
+    "a Stripe key": rf"{_START}[sr]k_(?:live|test)_[A-Za-z0-9]{{16,}}",
+    "a Slack token": rf"{_START}xox[abeoprs]-[A-Za-z0-9\-]{{10,}}",
+    "an npm token": rf"{_START}npm_[A-Za-z0-9]{{36}}",
+    "a PyPI token": rf"{_START}pypi-[A-Za-z0-9_\-]{{40,}}",
+    "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d",
+    "a JSON web token": rf"{_START}eyJ[A-Za-z0-9_\-]{{8,}}\.eyJ[A-Za-z0-9_\-]{{8,}}\.[A-Za-z0-9_\-]*",
+    "an authorization header": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+[\w+/=.\-]{8,}",
+    "a password in an address": r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@",
+    "a path of a home folder": rf"{_POSIX_HOME}|(?<![\w.:/\-])(?:file:/*)?/root/",
+    "a path of a Windows home folder": r"(?i)(?<![a-z])[a-z]:[\\/]+(?:users|documents and settings)[\\/]+[^\s\\/\"']",
+}
+_PATTERNS = {kind: re.compile(form) for kind, form in _FORMS.items()}
+
+
+@dataclass(frozen=True, order=True)
+class Secret:
+    """Where something secret stands: the line (from 1) and its kind. The secret itself is not kept."""
+
+    line: int
+    kind: str
+
+
+def find_secrets(text: str, own: Mapping[str, str] | None = None) -> list[Secret]:
+    """Every secret in `text`, by line.
+
+    JSON is looked at as it is written and as it reads: `\\u0068f_…` and `C:\\\\Users` hide nothing.
+
+    Args:
+        own: texts that are known to be secret whatever their form, by kind: the token in use, this home folder.
+    """
+    found = {Secret(_line(text, start), kind) for kind, start in _hits(text, own or {})}
+    # A JSON text has no lines of its own once it is parsed, so what only shows there is put at the top.
+    kinds = {secret.kind for secret in found}
+    inner = {kind for value in _strings(_parsed(text)) for kind, _ in _hits(value, own or {})}
+    return sorted(found | {Secret(1, kind) for kind in inner - kinds})
+
+
+def _hits(text: str, own: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    for kind, pattern in _PATTERNS.items():
+        yield from ((kind, match.start()) for match in pattern.finditer(text))
+    for kind, value in own.items():
+        if (start := text.find(value)) >= 0:
+            yield kind, start
+
+
+def _line(text: str, start: int) -> int:
+    return text.count("\n", 0, start) + 1
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every key and every text of parsed JSON."""
+    rest: list[Any] = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            rest += _parts(item)
+        elif isinstance(item, list):
+            rest += item
+
+
+def _parts(item: Mapping[str, Any]) -> Iterable[Any]:
+    return [*item, *item.values()]
