@@ -67,27 +67,27 @@ def federation_of(
     names = {str(folder.folder): client for client, folder in folders.items()}
     n = resolve_weights(list(folders), counts, weights, names=names)
     clients = [Client(client, weight, folder) for (client, folder), weight in zip(folders.items(), n, strict=True)]
-    without = Federation(clients, alpha, None, device)
+    conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
+    without = Federation(clients, alpha, None, conv1d, device)
     needed = without.needed_base_tensors()
     model = _base_model(folders, base, needed)
     if model is not None and (missing := [name for name in needed if not model.has(name)]):
         raise NotFoundError(
             f"The base model {base or agreed_base_model(folders)} has no tensor {', '.join(missing[:5])}."
         )
-    return Federation(clients, alpha, model, device)
+    return Federation(clients, alpha, model, conv1d, device)
 
 
 def _base_model(folders: Mapping[str, PeftFolder], base: str | Path | None, needed: Sequence[str]) -> BaseModel | None:
     """The base as given; else, only where it is needed, what the clients name, from the local cache."""
-    conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
     if base is not None:
-        return open_base(base, fan_in_fan_out=conv1d)
+        return open_base(base)
     if not needed:
         return None
     commits = {f.statement.base_model.commit for f in folders.values() if f.statement}
     try:
         name = agreed_base_model(folders)
-        return open_base(name or "", commit=commits.pop() if len(commits) == 1 else None, fan_in_fan_out=conv1d)
+        return open_base(name or "", commit=commits.pop() if len(commits) == 1 else None)
     except NotFoundError as error:
         why = "A client lacks a tensor, trained DoRA, or --global-lr is not 1, so the mean depends on the base"
         raise MissingBaseError(needed, why=why) from error

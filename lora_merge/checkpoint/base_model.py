@@ -1,7 +1,8 @@
 """Single tensors of the base model, read only where the exact answer needs them. The model is never loaded."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +14,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# The models of transformers that are built of `pytorch_utils.Conv1D`, and the names that those layers have there.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model's safetensors files: which tensor lies in which file."""
+    """A base model's safetensors files: which tensor lies in which file, and what its config calls the model."""
 
     files: Mapping[str, Path]
-    fan_in_fan_out: bool = False
+    model_type: str | None = None
 
     def has(self, name: str) -> bool:
         return self._key(name) is not None
 
-    def tensor(self, name: str) -> "Tensor":
-        """The tensor `name`, fp32."""
+    def tensor(self, name: str, shape: tuple[int, ...]) -> "Tensor":
+        """The tensor `name`, fp32; it must have the shape that the adapters give it."""
         import torch
 
-        tensor: torch.Tensor = self._slice(name)[:].to(torch.float32)
+        stored = self._slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise _misfit(name, stored.get_shape(), shape)
+        tensor: torch.Tensor = stored[:].to(torch.float32)
         return tensor
 
     def row(self, name: str, index: int) -> "Tensor":
@@ -43,21 +50,42 @@ class BaseModel:
         row: torch.Tensor = table[index].to(torch.float32)
         return row
 
-    def weight(self, module: str, spec: FactorsSpec) -> "Tensor":
-        """W0 of a module as E d_out x d_in, fp32: an embedding's and a Conv1D's are stored transposed."""
-        stored = self.tensor(f"{module}.weight")
+    def weight(self, module: str, spec: FactorsSpec, *, square_is_transposed: bool | None) -> "Tensor":
+        """W0 of a module as E d_out x d_in, fp32: an embedding's and a Conv1D's are stored transposed.
+
+        Args:
+            square_is_transposed: what a square matrix is, whose shape does not tell; None is unknown.
+        """
+        import torch
+
+        stored = self._slice(f"{module}.weight")
+        shape = tuple(stored.get_shape())
         rows, columns = spec.blocks * spec.d_out, spec.d_in
-        if stored.ndim > 2:
-            stored = stored.reshape(stored.shape[0], -1)
-        transposed = spec.layout == "embedding" or (self.fan_in_fan_out and rows == columns)
-        if transposed or tuple(stored.shape) != (rows, columns):
-            stored = stored.mT
-        if tuple(stored.shape) != (rows, columns):
+        if (shape[0], math.prod(shape[1:])) == (rows, columns) and spec.layout == "conv":
+            tensor: torch.Tensor = stored[:].to(torch.float32).reshape(rows, columns)
+            return tensor
+        transposed = self.is_transposed(module, spec)
+        if transposed is None:
+            transposed = square_is_transposed
+        if transposed is None:
             raise UsageError(
-                f"The base model's {module}.weight is {tuple(stored.mT.shape)}, which does not fit the adapters "
-                f"({rows} x {columns}): is --base the model they were trained from?"
+                f"{module} is square, and nothing tells whether the base model stores it transposed (as a Conv1D).",
+                hint="Put the base model's config.json beside its weights.",
             )
-        return stored
+        if shape != ((columns, rows) if transposed else (rows, columns)):
+            raise _misfit(f"{module}.weight", shape, (rows, columns))
+        tensor = stored[:].to(torch.float32)
+        return tensor.mT if transposed else tensor
+
+    def is_transposed(self, module: str, spec: FactorsSpec) -> bool | None:
+        """Whether a module's matrix is stored d_in x d_out; None where it is square and nothing else tells."""
+        if spec.layout == "embedding":
+            return True
+        if spec.d_out != spec.d_in:
+            return tuple(self._slice(f"{module}.weight").get_shape()) == (spec.d_in, spec.d_out)
+        if self.model_type is None:
+            return None
+        return self.model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_LAYERS
 
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open
@@ -72,19 +100,27 @@ class BaseModel:
         return part
 
     def _key(self, name: str) -> str | None:
-        """The tensor's own name, or the one name that differs by a prefix (`wte.weight`, `transformer.wte.weight`).
+        """The tensor's own name, or one that differs by a prefix which the whole model has or lacks (`transformer.`).
 
         An output layer that is tied to the input embedding is stored once, under the embedding's name.
         """
         if name in self.files:
             return name
-        near = [key for key in self.files if key.endswith("." + name) or name.endswith("." + key)]
-        if not near and name.split(".")[-2:] == ["lm_head", "weight"]:
-            near = [key for key in self.files if key.endswith(_EMBEDDINGS)]
-        return near[0] if len(near) == 1 else None
+        if name.split(".")[-2:] == ["lm_head", "weight"] and not any(key.endswith(name) for key in self.files):
+            tied = [key for key in self.files if key.endswith(_EMBEDDINGS)]
+            return tied[0] if len(tied) == 1 else None
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            prefix, rest = ".".join(parts[:count]) + ".", ".".join(parts[count:])
+            if rest in self.files and not any(key.startswith(prefix) for key in self.files):
+                return rest
+        prefix = next(iter(self.files)).partition(".")[0] + "."
+        if all(key.startswith(prefix) for key in self.files) and prefix + name in self.files:
+            return prefix + name
+        return None
 
 
-def open_base(base: str | Path, *, commit: str | None = None, fan_in_fan_out: bool = False) -> BaseModel:
+def open_base(base: str | Path, *, commit: str | None = None) -> BaseModel:
     """A base model from a folder, or from the local cache by its repository id. Nothing is downloaded.
 
     Raises:
@@ -97,7 +133,7 @@ def open_base(base: str | Path, *, commit: str | None = None, fan_in_fan_out: bo
             f"No safetensors weights of the base model {base} were found, in a folder or in the local cache.",
             hint="Give its folder with --base, or download it first: hf download " + str(base),
         )
-    return BaseModel({key: file for file in files for key in _keys(file)}, fan_in_fan_out)
+    return BaseModel({key: file for file in files for key in _keys(file)}, _model_type(files[0].parent))
 
 
 def _cached(repo: str, commit: str | None) -> Path | None:
@@ -114,3 +150,18 @@ def _keys(file: Path) -> list[str]:
     with file.open("rb") as handle:
         header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
     return [key for key in header if key != "__metadata__"]
+
+
+def _model_type(folder: Path) -> str | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    kind = json.loads(path.read_text()).get("model_type")
+    return kind if isinstance(kind, str) else None
+
+
+def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> UsageError:
+    return UsageError(
+        f"The base model's {name} is {'x'.join(map(str, stored))}, which does not fit the adapters "
+        f"({'x'.join(map(str, expected))}): is it the model that they were trained from?"
+    )

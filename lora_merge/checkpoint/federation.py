@@ -25,12 +25,14 @@ class Federation:
     Attributes:
         alpha: the global learning rate.
         base: the base model's tensors, where they are at hand.
+        fan_in_fan_out: whether a client says that its base stores matrices transposed.
         device: where the arithmetic runs.
     """
 
     clients: Sequence[Client]
     alpha: float = 1.0
     base: BaseModel | None = None
+    fan_in_fan_out: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @cached_property
@@ -73,7 +75,9 @@ class Federation:
         """The full tensor `name` as all clients see it."""
         shares = [ValueShare(client.n, partial(self._full, client, name)) for client in self._having(name)]
         base = self.base if self.base is not None and self.base.has(base_name(name)) else None
-        read = None if base is None else partial(base.tensor, base_name(name))
+        spec = self.spec(name)
+        shape = spec.shape if isinstance(spec, FullSpec) else ()
+        read = None if base is None else partial(base.tensor, base_name(name), shape)
         return Value(shares, self.total, self.alpha, read, frozen=name.endswith(".base_layer.weight"))
 
     def token_values(self, name: str) -> dict[int, Value]:
@@ -137,7 +141,19 @@ class Federation:
 
     def _base_weight(self, name: str) -> Tensor:
         assert self.base is not None
-        return self.base.weight(name, self.factor_specs[name]).to(self.device)
+        spec = self.factor_specs[name]
+        return self.base.weight(name, spec, square_is_transposed=self._square_is_transposed).to(self.device)
+
+    @cached_property
+    def _square_is_transposed(self) -> bool | None:
+        """What square matrices are, where all others agree and agree with the clients' fan_in_fan_out; else None.
+
+        PEFT writes the flag as it stood for the last module it wrapped, so alone it proves nothing.
+        """
+        assert self.base is not None
+        linear = [(name, spec) for name, spec in self.factor_specs.items() if spec.layout == "linear"]
+        seen = {self.base.is_transposed(name, spec) for name, spec in linear if spec.d_out != spec.d_in}
+        return self.fan_in_fan_out if seen <= {self.fan_in_fan_out} else None
 
     def _base_row(self, name: str, token: int) -> Callable[[], Tensor] | None:
         if self.base is None or not self.base.has(base_name(name)):

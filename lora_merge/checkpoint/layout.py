@@ -13,7 +13,7 @@ Source: PEFT 0.21 `tuners/lora/layer.py` (`Linear`, `Embedding`, `_ConvNd`, `Par
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,6 +143,9 @@ def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[Fil
     """What the config says was trained and the file does not hold. (PEFT names absent modules_to_save by habit.)"""
     if config.trainable_token_indices and not any(isinstance(s.spec, TokenSpec) for s in found.values()):
         yield FileRefused("trainable_token_indices", "names tokens, but the file holds no rows for them")
+    for name, stored in found.items():
+        if isinstance(stored.spec, FactorsSpec) and owner_of(name) not in found:
+            yield FileRefused(name, f"is part of {owner_of(name)}, of which the file holds no update")
     for target in config.target_parameters:
         one = AdapterConfig(target_parameters=(target,))
         if not any(isinstance(s.spec, FactorsSpec) and any(parameters_of(name, one)) for name, s in found.items()):
@@ -204,9 +207,11 @@ def _rank_and_scaling(module: str, layout: Layout, rows: int, config: AdapterCon
     return r, scaling
 
 
-def names_part(tensor: str, part: str) -> bool:
-    """Whether `tensor` belongs to a module that `modules_to_save: [part]` means."""
-    return f".{part}." in f".{tensor}."
+def saved_module(tensor: str, parts: Iterable[str]) -> str | None:
+    """The module of `tensor` that a `modules_to_save` means: PEFT takes every module whose name ends in an entry."""
+    path = tensor.split(".")
+    modules = (".".join(path[:count]) for count in range(1, len(path)))
+    return next((module for module in modules if module.endswith(tuple(parts))), None)
 
 
 def owner_of(module: str) -> str:
@@ -237,7 +242,9 @@ def _whole(
     # PEFT saves the weights of embeddings and output layers along with their LoRA, since they may have been resized.
     saved_with_lora = name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in lora
     trained_bias = config.bias != "none" and name.endswith(".bias")
-    trained_whole = any(names_part(name, part) for part in config.modules_to_save)
+    trained_whole = saved_module(name, config.modules_to_save) is not None
+    if ".modules_to_save." in name or ".original_module." in name:
+        raise FileRefused("bias", f"{config.bias} together with modules_to_save stores {name} under several names")
     if not (saved_with_lora or trained_bias or trained_whole):
         raise FileRefused(name, "is a tensor that the config does not account for")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.

@@ -176,8 +176,15 @@ def write(
     """Merge every module into the safetensors file `path`, and say what was found of each."""
     shapes = {name: shape for merge in merges for name, shape in merge.shapes.items()}
     writer = SafetensorsWriter(path, shapes, DTYPES[settings.dtype][0])
+
+    def run(merge: Merge) -> Measured:
+        try:
+            return merge.run(settings, writer)
+        except MethodRefused as error:
+            raise RefusedError([_problem(error)]) from error
+
     try:
-        return over(threads, lambda merge: merge.run(settings, writer), merges, advance)
+        return over(threads, run, merges, advance)
     finally:
         writer.close()
 
@@ -206,7 +213,11 @@ def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | 
         module = federation.module(name)
         return FactorsMerge(module, METHODS[settings.method].plan(module, settings.options))
     except MethodRefused as error:
-        return [Problem(error.share.client if error.share else "all clients", error.field, error.reason)]
+        return [_problem(error)]
+
+
+def _problem(error: MethodRefused) -> Problem:
+    return Problem(error.share.client if error.share else "all clients", error.field, error.reason)
 
 
 def _tensor_of(name: str, federation: Federation) -> str:

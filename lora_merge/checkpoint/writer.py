@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
 from lora_merge.checkpoint.config import AdapterConfig, first_match
-from lora_merge.checkpoint.layout import lora_r, names_part, owner_of, parameters_of
+from lora_merge.checkpoint.layout import lora_r, owner_of, parameters_of, saved_module
 from lora_merge.checkpoint.safetensors_file import ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Given more at once, Linux 6.18 looks for page-cache folios so large that a write takes four times as long.
+PIECE = 1 << 19
 
 
 class SafetensorsWriter:
@@ -48,7 +51,7 @@ class SafetensorsWriter:
     def _write(self, buffer: bytes | memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            done += os.pwrite(self._descriptor, buffer[done:], offset + done)
+            done += os.pwrite(self._descriptor, buffer[done : done + PIECE], offset + done)
 
 
 def merged_config(
@@ -76,6 +79,9 @@ def merged_config(
         for target in (parameters_of(name, of_parameters) if _is_experts(spec) else [name])
     }
     r, alpha = _most_common(settings)
+    # By full name: PEFT demands a tensor for each module that an entry means, and clients may mean different ones.
+    parts = [part for config in clients for part in config.modules_to_save]
+    saved = {saved_module(name, parts) for name in whole}
     return {
         "peft_type": "LORA",
         "task_type": next((config.task_type for config in clients if config.task_type), None),
@@ -90,12 +96,7 @@ def merged_config(
         # a text it takes for a pattern of the whole name.
         "target_modules": targets if all("." in name for name in targets) else "|".join(map(re.escape, targets)),
         "target_parameters": parameters or None,
-        "modules_to_save": sorted(
-            part
-            for part in {name for config in clients for name in config.modules_to_save}
-            if any(names_part(name, part) for name in whole)  # PEFT demands a tensor for each module it is told to save
-        )
-        or None,
+        "modules_to_save": sorted(saved - {None}) or None,
         "trainable_token_indices": {name: list(indices) for name, indices in sorted(tokens.items())} or None,
         "bias": next((kind for kind in ("all", "lora_only") if any(c.bias == kind for c in clients)), "none"),
         "fan_in_fan_out": any(config.fan_in_fan_out for config in clients),
