@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from lora_merge.aggregation import dora, lowrank
 from lora_merge.aggregation.module import Module
 from lora_merge.aggregation.registry import METHODS, MethodRefused, Options, Plan, method
 from lora_merge.aggregation.sums import (
-    all_equal,
     beside_identity,
     mean_bias,
     product,
+    shared_factor,
     stack,
     sum_factors,
     sum_over_shared,
@@ -38,10 +39,10 @@ def exact(module: Module, options: Options) -> Plan:
     if module.dora:
         return _dora_plan(module, min(module.K, module.max_r), _as_it_is)
     scaling = module.alpha / module.total
-    if len(module.shares) > 1 and all_equal(module, "A"):
-        return _plan(module, module.spec.r, scaling, "shared lora_A", lambda: sum_over_shared(module, "B"))
-    if len(module.shares) > 1 and all_equal(module, "B"):
-        return _plan(module, module.spec.r, scaling, "shared lora_B", lambda: sum_over_shared(module, "A"))
+    shared = shared_factor(module)
+    if shared is not None:
+        summed: Literal["A", "B"] = "B" if shared == "A" else "A"
+        return _plan(module, module.spec.r, scaling, f"shared lora_{shared}", lambda: sum_over_shared(module, summed))
     if module.K >= module.max_r:
         return _plan(module, module.max_r, scaling, "whole", lambda: whole(module))
     return _plan(module, module.K, scaling, "stack", lambda: stack(module))

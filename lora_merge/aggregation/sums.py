@@ -11,12 +11,18 @@ from lora_merge.adapter import Factors
 from lora_merge.aggregation.module import Module, accumulate
 
 
-def all_equal(module: Module, role: Literal["A", "B"]) -> bool:
-    """Whether every client's lora_A (or lora_B) holds the same bits."""
-    if len({share.spec.r for share in module.shares}) > 1:
-        return False
-    first = getattr(module.shares[0].read(), role)
-    return all(torch.equal(getattr(share.read(), role), first) for share in module.shares[1:])
+def shared_factor(module: Module) -> Literal["A", "B"] | None:
+    """The factor that holds the same bits in all of two or more clients; reads each client at most once."""
+    if len(module.shares) < 2 or len({share.spec.r for share in module.shares}) > 1:
+        return None
+    first = module.shares[0].read()
+    roles: list[Literal["A", "B"]] = ["A", "B"]
+    for share in module.shares[1:]:
+        update = share.read()
+        roles = [role for role in roles if torch.equal(getattr(update, role), getattr(first, role))]
+        if not roles:
+            return None
+    return roles[0]
 
 
 def _weights(module: Module) -> Iterator[tuple[float, Factors]]:
