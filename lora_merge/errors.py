@@ -7,7 +7,8 @@ LoraMergeError              1  a bug of ours, when raised bare
 ├── NotFoundError           4  nothing there, or no access to it
 ├── NetworkError            5  the network failed; trying again may help
 ├── ConflictError           6  somebody else changed what was to be changed
-└── StorageError            7  the disk or the local file system failed
+├── StorageError            7  the disk or the local file system failed
+└── VerificationError       8  what is there is not what it was said to be
 
 An error says what is wrong, in whose input, and (in ``hint``) what to do next.
 """
@@ -106,3 +107,9 @@ class StorageError(LoraMergeError):
     """The local disk or file system failed."""
 
     exit_code = 7
+
+
+class VerificationError(LoraMergeError):
+    """What is there is not what it was said, sent or locked to be."""
+
+    exit_code = 8

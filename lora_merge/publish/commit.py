@@ -1,0 +1,189 @@
+"""One commit of all files, on the state that was seen; reconciled where the Hub's answer was lost, never forced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+from lora_merge.errors import (
+    ConflictError,
+    NotFoundError,
+    Problem,
+    RefusedError,
+    StorageError,
+    VerificationError,
+)
+from lora_merge.hub.client import Tell, endpoint
+from lora_merge.hub.failures import asking
+from lora_merge.publish.files import CARD_NAME, PublishedFile
+from lora_merge.publish.persistence import persist
+from lora_merge.publish.repository import Head, Target, create, differences, head_of, holds, require_visibility, tree
+
+
+@dataclass(frozen=True)
+class Published:
+    """What lies on the Hub now.
+
+    Attributes:
+        changed, removed: the names of the files that this run's commit wrote and took away; none, where all was there.
+        pull_request: its address, where it was proposed.
+        superseded: it was published, and somebody has published something else since.
+    """
+
+    repo: str
+    commit: str
+    private: bool
+    changed: Sequence[str] = ()
+    removed: Sequence[str] = ()
+    pull_request: str | None = None
+    superseded: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"{endpoint()}/{self.repo}/commit/{self.commit}"
+
+
+def publish(
+    api: HfApi,
+    target: Target,
+    files: Sequence[PublishedFile],
+    *,
+    message: str,
+    max_wait: float,
+    tell: Tell = lambda line: None,
+) -> Published:
+    """Bring `target` to hold exactly these of the allow-listed files, by one commit; its other files are left alone.
+
+    Where the Hub fails, the published tree decides: every file's hash there is published; a head that has not moved is
+    tried again for `max_wait` seconds; anything else is a conflict, and nothing is forced.
+
+    Raises:
+        NotFoundError: no such branch, or the token may not write there.
+        UsageError: the repository's visibility is not the one asked for.
+        ConflictError: somebody else has published there in the meantime.
+        NetworkError: the Hub cannot be reached, or was busy for too long.
+        StorageError: a file changed while it was sent.
+        VerificationError: what the Hub holds is not what was sent.
+    """
+    head = head_of(api, target) or create(api, target, max_wait, tell)
+    require_visibility(head, target)
+    changed, removed = differences(tree(api, target.repo, head.commit), files)
+    if not changed and not removed:
+        return Published(target.repo, head.commit, head.private)
+    if target.create_pr and (proposed := _proposal(api, target, files)):
+        return Published(target.repo, proposed[0], head.private, pull_request=proposed[1])
+    done = _commit(api, target, head, changed, removed, message=message, files=files, max_wait=max_wait, tell=tell)
+    names = tuple(file.name for file in changed)
+    published = Published(target.repo, done.commit, head.private, names, removed, done.pull_request, done.superseded)
+    _verify(api, published, files)
+    return published
+
+
+@dataclass(frozen=True)
+class _Done:
+    commit: str
+    pull_request: str | None = None
+    superseded: bool = False
+
+
+def _commit(
+    api: HfApi,
+    target: Target,
+    head: Head,
+    changed: Sequence[PublishedFile],
+    removed: Sequence[str],
+    *,
+    message: str,
+    files: Sequence[PublishedFile],
+    max_wait: float,
+    tell: Tell,
+) -> _Done:
+    additions = [CommitOperationAdd(file.name, file.upload) for file in changed]
+    deletions = [CommitOperationDelete(name) for name in removed]
+    revision = None if target.create_pr else target.revision
+
+    def attempt() -> _Done:
+        with asking(target.repo):
+            api.preupload_lfs_files(
+                target.repo, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
+            )
+            _require_unchanged(changed)
+            try:
+                info = api.create_commit(
+                    target.repo,
+                    [*additions, *deletions],
+                    commit_message=message,
+                    revision=revision,
+                    parent_commit=head.commit,
+                    create_pr=target.create_pr,
+                )
+            except ValueError as error:
+                if refused := _card_refused(error, target.repo):
+                    raise refused from error
+                raise
+            return _Done(info.oid, info.pr_url)
+
+    def landed() -> _Done | None:
+        if target.create_pr:
+            proposed = _proposal(api, target, files)
+            return _Done(*proposed) if proposed else None
+        return _landed(api, target, head, files)
+
+    return persist(attempt, landed, max_wait=max_wait, tell=tell)
+
+
+def _landed(api: HfApi, target: Target, head: Head, files: Sequence[PublishedFile]) -> _Done | None:
+    """The commit that holds what was sent, though its answer was lost; None where nothing has happened yet."""
+    now = head_of(api, target)
+    if now is None:
+        raise NotFoundError(f"{target.repo} has been deleted.")
+    if holds(api, target.repo, now.commit, files):
+        return _Done(now.commit)
+    if now.commit == head.commit:
+        return None
+    with asking(target.repo):
+        history = [entry.commit_id for entry in api.list_repo_commits(target.repo, revision=now.commit)]
+    # The first commit after the head that we saw may be ours, and what is there now a later one.
+    after = history[: history.index(head.commit)] if head.commit in history else []
+    if after and holds(api, target.repo, after[-1], files):
+        return _Done(after[-1], superseded=True)
+    raise ConflictError(
+        f"{target.repo} ({target.revision}) was changed by somebody else in the meantime: "
+        f"it is at {now.commit[:12]}, and was at {head.commit[:12]}.",
+        hint=f"See {endpoint()}/{target.repo}/commits/{target.revision}; the same command publishes on top of it.",
+    )
+
+
+def _proposal(api: HfApi, target: Target, files: Sequence[PublishedFile]) -> tuple[str, str] | None:
+    """The newest pull request, where it is open and holds just these files: its commit and its address."""
+    with asking(target.repo):
+        refs = api.list_repo_refs(target.repo, include_pull_requests=True).pull_requests or []
+        newest = max(refs, key=lambda ref: int(ref.ref.rpartition("/")[2]), default=None)
+        if newest is None or not holds(api, target.repo, newest.target_commit, files):
+            return None
+        number = int(newest.ref.rpartition("/")[2])
+        if api.get_discussion_details(target.repo, number).status not in ("open", "draft"):
+            return None
+        return newest.target_commit, f"{endpoint()}/{target.repo}/discussions/{number}"
+
+
+def _verify(api: HfApi, published: Published, files: Sequence[PublishedFile]) -> None:
+    changed, removed = differences(tree(api, published.repo, published.commit), files)
+    if wrong := [*(file.name for file in changed), *removed]:
+        raise VerificationError(
+            f"{published.repo} at {published.commit} does not hold what was sent: {', '.join(wrong)}.",
+            hint="Run the same command again.",
+        )
+
+
+def _require_unchanged(files: Sequence[PublishedFile]) -> None:
+    if wrong := [file.name for file in files if not file.unchanged()]:
+        raise StorageError(f"Changed while it was being sent: {', '.join(wrong)}.", hint="Run it again.")
+
+
+def _card_refused(error: ValueError, repo: str) -> RefusedError | None:
+    """The Hub's judge of README.md answers by a ValueError; any other one is an answer that is none."""
+    if not str(error).startswith("Invalid metadata in README.md"):
+        return None
+    said = " ".join(str(error).split()[4:])
+    return RefusedError([Problem(repo, CARD_NAME, f"the Hub does not accept its metadata: {said}")])

@@ -1,0 +1,38 @@
+"""Doing once what may have been done already."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from lora_merge.errors import ConflictError, NetworkError
+from lora_merge.hub.client import Tell
+
+LONGEST_WAIT = 30.0  # seconds between two tries
+
+T = TypeVar("T")
+
+
+def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wait: float, tell: Tell) -> T:
+    """`attempt` what must not be done twice: after each failure see whether it has `landed`, else wait and try again.
+
+    Raises:
+        ConflictError: `landed` says so.
+        NetworkError: after waits of `max_wait` seconds in all.
+    """
+    waited, seconds = 0.0, 1.0
+    while True:
+        try:
+            return attempt()
+        except (NetworkError, ConflictError) as error:
+            failure = error
+        try:
+            if (found := landed()) is not None:
+                return found
+        except NetworkError as error:  # so it is not known; the parent commit keeps the next try from doing it twice
+            failure = error
+        if waited + seconds > max_wait:
+            hint = "Run the same command again: it sees what has been published. --max-wait waits longer."
+            raise type(failure)(failure.message, hint=hint) from failure
+        tell(f"{failure.message} Trying again in {seconds:.0f} s.")
+        time.sleep(seconds)
+        waited, seconds = waited + seconds, min(2 * seconds, LONGEST_WAIT)

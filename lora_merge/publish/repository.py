@@ -1,0 +1,102 @@
+"""A repository as we find it: where a branch is, what it holds, and making one that is not there yet."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.hub.client import Tell, endpoint
+from lora_merge.hub.failures import asking
+from lora_merge.publish.files import ALLOWED, PublishedFile
+from lora_merge.publish.persistence import persist
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to publish.
+
+    Attributes:
+        revision: the branch; a pull request starts from it.
+        private: of a new repository; None is private. An existing one must be what is asked for.
+        create_pr: propose it, in a repository that is somebody else's.
+    """
+
+    repo: str
+    revision: str = "main"
+    private: bool | None = None
+    create_pr: bool = False
+
+    @property
+    def visibility(self) -> str:
+        return "public" if self.private is False else "private"
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a branch was when it was looked at."""
+
+    commit: str
+    private: bool
+
+
+def head_of(api: HfApi, target: Target) -> Head | None:
+    """Where the branch is now; None where there is no such repository, or none that this token sees."""
+    with asking(target.repo):
+        try:
+            info = api.model_info(target.repo, revision=target.revision)
+        except (GatedRepoError, RevisionNotFoundError):
+            raise
+        except RepositoryNotFoundError:
+            return None
+        return Head(str(info.sha), bool(info.private))
+
+
+def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
+    """Make the repository. Doing it twice does no harm, so a lost answer is asked for again."""
+    if target.create_pr or target.revision != "main":
+        raise NotFoundError(f"There is no {target.repo} on the Hub, or it is private and you may not read it.")
+
+    def attempt() -> Head:
+        with asking(target.repo):
+            api.create_repo(target.repo, private=target.private is not False, exist_ok=True)
+        if (head := head_of(api, target)) is None:
+            raise NotFoundError(f"{target.repo} is there already, and you may not read it.")
+        tell(f"Made the {target.visibility} repository {target.repo}")
+        return head
+
+    return persist(attempt, lambda: head_of(api, target), max_wait=max_wait, tell=tell)
+
+
+def require_visibility(head: Head, target: Target) -> None:
+    if target.private is not None and target.private != head.private:
+        now = "private" if head.private else "public"
+        raise UsageError(
+            f"{target.repo} is {now}, and --{target.visibility} was asked for.",
+            hint=f"--{now} publishes there as it is; its page of settings changes it: {endpoint()}/{target.repo}",
+        )
+
+
+def tree(api: HfApi, repo: str, commit: str) -> dict[str, Any]:
+    with asking(repo):
+        return {entry.path: entry for entry in api.list_repo_tree(repo, revision=commit) if hasattr(entry, "blob_id")}
+
+
+def differences(tree: Mapping[str, Any], files: Sequence[PublishedFile]) -> tuple[list[PublishedFile], tuple[str, ...]]:
+    """The files that the tree lacks or has otherwise; and the records in it that are of another adapter than this."""
+    names = {file.name for file in files}
+    changed = [file for file in files if file.name not in tree or not _is_same(file, tree[file.name])]
+    return changed, tuple(name for name in ALLOWED if name in tree and name not in names)
+
+
+def _is_same(file: PublishedFile, entry: Any) -> bool:
+    if entry.size != file.size:
+        return False
+    return bool(entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == file.git_oid)
+
+
+def holds(api: HfApi, repo: str, commit: str, files: Sequence[PublishedFile]) -> bool:
+    changed, removed = differences(tree(api, repo, commit), files)
+    return not changed and not removed
