@@ -1,5 +1,6 @@
 """A repository as we find it: where a branch is, what it holds, and making one that is not there yet."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from lora_merge.hub.client import Tell, endpoint
 from lora_merge.hub.failures import asking
 from lora_merge.publish.files import ALLOWED, PublishedFile
 from lora_merge.publish.persistence import persist
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 @dataclass(frozen=True)

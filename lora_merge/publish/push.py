@@ -1,0 +1,96 @@
+"""`push`: an adapter folder to a repository; and the question, long before, whether that will be allowed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from lora_merge import __version__
+from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.hub.access import require_write, whoami
+from lora_merge.hub.client import Tell, hub_session
+from lora_merge.hub.failures import write_token
+from lora_merge.publish.commit import Published, publish
+from lora_merge.publish.prepare import prepare
+from lora_merge.publish.repository import REPOSITORY, Target
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A finished push: what is published, what stayed here, and what the user should know of it."""
+
+    published: Published
+    files: Sequence[str]
+    left_out: Sequence[str]
+    warnings: Sequence[str]
+
+
+def push(
+    folder: Path,
+    target: Target,
+    *,
+    message: str | None = None,
+    evaluation: Path | None = None,
+    max_wait: float,
+    tell: Tell,
+) -> Pushed:
+    """Publish the adapter in `folder`: checked and scanned first, then one commit.
+
+    Args:
+        message: of the commit.
+        evaluation: what `lora-merge evaluate --json` printed, for the card.
+        max_wait: seconds to wait for a busy Hub.
+        tell: takes a line of talk.
+
+    Raises:
+        RefusedError: the folder is not an adapter, its base model is a path, or it holds a secret.
+        And what `publish` raises.
+    """
+    require_repository_name(target.repo)
+    prepared = prepare(folder, target.repo, evaluation=evaluation, own=_own_secrets())
+    with hub_session(max_wait, tell) as api:
+        _require_access(api, target)
+        published = publish(
+            api,
+            target,
+            prepared.files,
+            message=message or f"Publish with lora-merge {__version__}",
+            max_wait=max_wait,
+            tell=tell,
+        )
+    names = tuple(sorted(file.name for file in prepared.files))
+    return Pushed(published, names, prepared.left_out, prepared.warnings)
+
+
+def require_access(target: Target, *, max_wait: float, tell: Tell) -> None:
+    """Raise now what a later push to `target` would raise for want of a token, a role or a name.
+
+    Raises:
+        NotFoundError: no token, a read-only one, or no role there; with the next command.
+        UsageError: `target` cannot be a repository's name.
+        NetworkError: the Hub cannot be reached.
+    """
+    require_repository_name(target.repo)
+    with hub_session(max_wait, tell) as api:
+        _require_access(api, target)
+
+
+def require_repository_name(repo: str) -> None:
+    """Raise `UsageError` unless `repo` is ORG/NAME as the Hub has it."""
+    if not REPOSITORY.fullmatch(repo) or "--" in repo or ".." in repo:
+        raise UsageError(f"{repo} is not a repository's name: ORG/NAME of letters, digits, '.', '_' and '-'.")
+
+
+def _require_access(api: HfApi, target: Target) -> None:
+    if not target.create_pr:
+        require_write(api, target.repo)
+    elif (account := whoami(api)).role == "read":  # anybody may propose, but not by a token that only reads
+        raise NotFoundError(f"The token of {account.name} may only read.", hint=write_token())
+
+
+def _own_secrets() -> dict[str, str]:
+    """What is secret here whatever its form: this token, and this home folder."""
+    home = str(Path.home())
+    own = {"your Hub token": get_token() or "", "the path of your home folder": home if home.count("/") > 1 else ""}
+    return {kind: value for kind, value in own.items() if value}
