@@ -225,6 +225,13 @@ KINDS: Sequence[Kind] = (
         models.llama,
         clients({}, {"r": 2}, common={**ATTENTION, "modules_to_save": ["lm_head", "input_layernorm"]}),
     ),
+    # A name in modules_to_save means every module whose name ends in it, dot or no dot: here all the norms.
+    Kind(
+        "modules_to_save by an ending",
+        models.llama,
+        clients({"modules_to_save": ["norm"]}, {"modules_to_save": ["input_layernorm"]}, common=ATTENTION),
+        needs_base=True,
+    ),
     Kind(
         "modules_to_save of a classifier",
         models.convolutions,
@@ -398,6 +405,26 @@ EXACT_OR_REFUSED: Sequence[Kind] = (
             {"rank_pattern": {"down": 3}},
             common={"target_parameters": BOTH_EXPERTS},
         ),
+    ),
+    # PEFT writes into the config whether the last module that it met was a Conv1D, not whether some are.
+    Kind(
+        "DoRA of a square Conv1D and of a linear head",
+        models.gpt2,
+        clients({}, {"r": 2}, common={"use_dora": True, "target_modules": ["attn.c_proj", "lm_head"]}),
+        needs_base=True,
+        by_layer=True,
+    ),
+    # The biases of the saved module's wrapper and of its untrained original are in the file too.
+    Kind(
+        "bias all and a saved module that has one",
+        models.experts,
+        clients(
+            {"modules_to_save": ["head"], "bias": "all"},
+            {"modules_to_save": ["head"], "bias": "lora_only"},
+            {"bias": "all"},
+            common={"target_modules": ["body"]},
+        ),
+        needs_base=True,
     ),
     Kind(
         "LoRA and a saved copy of one module",

@@ -105,11 +105,11 @@ def test_a_kill_at_any_moment_leaves_all_or_nothing(
     span = time.monotonic() - began
     moments = random.Random(11)
     statuses = []
-    for i in range(15):
+    for i in range(10):
         output = merger.root / f"timed-{method}" / str(i) / "global"
         statuses.append(merger.run(output, method, after=moments.uniform(0, span)))
         run_again(merger, output, method, whole[method])
-    assert statuses.count(-signal.SIGKILL) >= 5
+    assert statuses.count(-signal.SIGKILL) >= 4
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(merger: Merger, tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""The base model's tensors: read one by one, only where the mean needs them, from however its folder keeps them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_merge import aggregate
+from lora_merge.errors import LoraMergeError, NotFoundError, UsageError
+from tests.adapters import KINDS
+from tests.conftest import Federations, digests
+from tests.dense import error, mean_model
+
+BY_NAME = {kind.name: kind for kind in KINDS}
+TOLERANCE = 5e-6
+
+
+def test_a_base_that_the_mean_does_not_need_is_not_read(plain: tuple[Path, ...], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    header = {"lm_head.weight": {"dtype": "F32", "shape": [40, 16], "data_offsets": [0, 2560]}}
+    text = json.dumps(header).encode()
+    (broken / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)  # and no data
+    aggregate(plain, tmp_path / "with", base=broken)
+    aggregate(plain, tmp_path / "without")
+    assert digests(tmp_path / "with") == digests(tmp_path / "without")
+
+
+@pytest.mark.parametrize("name", ["DoRA and plain LoRA", "modules_to_save that some lack", "tokens that some lack"])
+def test_a_base_in_several_files_gives_the_same_bytes(name: str, federations: Federations, tmp_path: Path) -> None:
+    made = federations(BY_NAME[name])
+    tensors = load_file(made.base / "model.safetensors")
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(made.base / "config.json", sharded)
+    names = sorted(tensors)
+    where = {tensor: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, tensor in enumerate(names)}
+    for file in set(where.values()):
+        save_file({tensor: tensors[tensor] for tensor in names if where[tensor] == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    aggregate(made.clients, tmp_path / "one", base=made.base)
+    aggregate(made.clients, tmp_path / "many", base=sharded)
+    assert digests(tmp_path / "one") == digests(tmp_path / "many")
+
+
+@pytest.mark.parametrize("kind", ["DoRA of Conv1D", "modules_to_save of a tied head that some lack"])
+def test_names_without_the_models_prefix_are_found(kind: str, federations: Federations, tmp_path: Path) -> None:
+    """The real GPT-2 repositories keep `h.0.attn…` where the model has `transformer.h.0.attn…`."""
+    made = federations(BY_NAME[kind])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    tensors = load_file(made.base / "model.safetensors")
+    save_file(
+        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, bare / "model.safetensors"
+    )
+    aggregate(made.clients, tmp_path / "global", base=bare)
+    wanted = mean_model(made.kind, made.clients, made.kind.weights)
+    assert error(made.kind, tmp_path / "global", wanted) < TOLERANCE
+
+
+def test_a_base_of_other_shapes_is_an_error_that_names_the_tensor(federations: Federations, tmp_path: Path) -> None:
+    made = federations(BY_NAME["DoRA"])
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(made.base / "model.safetensors")
+    save_file({name: torch.zeros(5, 7) for name in tensors}, other / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LoraMergeError, match="q_proj") as caught:
+        aggregate(made.clients, tmp_path / "out" / "global", base=other)
+    assert caught.value.exit_code in (2, 3)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["modules_to_save that some lack", "bias that some lack", "tokens that some lack"])
+def test_a_full_tensor_of_another_shape_in_the_base_is_an_error(
+    name: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(BY_NAME[name])
+    other = tmp_path / "other"
+    other.mkdir()
+    tensors = load_file(made.base / "model.safetensors")
+    save_file({key: torch.zeros(3, 8) for key in tensors}, other / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LoraMergeError) as caught:
+        aggregate(made.clients, tmp_path / "out" / "global", base=other)
+    assert caught.value.exit_code in (2, 3)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_tensor_whose_name_only_ends_alike_is_not_taken_for_another(federations: Federations, tmp_path: Path) -> None:
+    """`block.proj` is missing from this base, and its `proj` is another module."""
+    from tests import models
+    from tests.adapters import Kind, clients, federation
+
+    kind = Kind(
+        "nested DoRA",
+        models.nested,
+        clients({"use_dora": True}, {"use_dora": True}, common={"target_modules": ["block.proj"]}),
+    )
+    made = federation(kind, tmp_path / "made")
+    tensors = load_file(made.base / "model.safetensors")
+    lacking = tmp_path / "lacking"
+    lacking.mkdir()
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if "block.proj" not in key}, lacking / "model.safetensors"
+    )
+    with pytest.raises((NotFoundError, UsageError), match=r"block\.proj"):
+        aggregate(made.clients, tmp_path / "global", base=lacking)
+
+
+def test_a_base_that_is_not_there_is_not_found(federations: Federations, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="nowhere"):
+        aggregate(federations(BY_NAME["DoRA"]).clients, tmp_path / "global", base=tmp_path / "nowhere")
+
+
+def test_a_quantised_base_is_an_error(federations: Federations, tmp_path: Path) -> None:
+    made = federations(BY_NAME["DoRA"])
+    other = tmp_path / "int8"
+    other.mkdir()
+    tensors = load_file(made.base / "model.safetensors")
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, other / "model.safetensors")
+    with pytest.raises(UsageError, match="I8"):
+        aggregate(made.clients, tmp_path / "global", base=other)
