@@ -131,8 +131,8 @@ def _eval_results(results: Results) -> list[Any]:
 
 def _merge(ledger: Ledger) -> Iterator[str]:
     yield f"{len(ledger.contributions)} LoRA adapters that were fine-tuned apart, merged by `lora-merge aggregate`:"
-    yield f"method `{_cell(ledger.method)}`, weights by {_cell(ledger.weighting)}, "
-    yield f"global learning rate {ledger.global_lr:g}."
+    how = f"method `{_cell(ledger.method)}`, weights by {_cell(ledger.weighting)}"
+    yield f"{how}, global learning rate {ledger.global_lr:g}."
     yield ""
     yield f"* Against the weighted mean of the clients' updates: {ledger.certificate.sentence()}."
     if ledger.method == "exact" and ledger.certificate.measured_by != "off":
@@ -212,7 +212,7 @@ def _reproduction(ledger: Ledger, place: Place) -> Iterator[str]:
     yield ""
     folders = sum(origin(contribution) == "a folder" for contribution in ledger.contributions)
     if folders:
-        yield f"Needs the folders of {folders} of the {len(ledger.contributions)} adapters; their hashes are above."
+        yield f"It takes {folders} of the {len(ledger.contributions)} adapters from folders: their hashes are above."
         yield ""
     if place.private_inputs:
         yield f"{place.private_inputs} of the adapters are in private repositories: only who may read those can verify."

@@ -35,7 +35,7 @@ def push(
     max_wait: float,
     tell: Tell,
 ) -> Pushed:
-    """Publish the adapter in `folder`: checked and scanned first, then one commit.
+    """Publish the adapter in `folder`: may it be written there, is it sound, does it hold a secret; then one commit.
 
     Args:
         message: of the commit.
@@ -48,9 +48,9 @@ def push(
         And what `publish` raises.
     """
     require_repository_name(target.repo)
-    prepared = prepare(folder, target.repo, evaluation=evaluation, own=_own_secrets())
     with hub_session(max_wait, tell) as api:
         _require_access(api, target)
+        prepared = prepare(folder, target.repo, evaluation=evaluation, own=_own_secrets())
         published = publish(
             api,
             target,
