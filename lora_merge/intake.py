@@ -1,72 +1,172 @@
-"""From sources to a federation: every client opened, accepted, weighted; or every reason why not, at once."""
+"""From sources to a federation: every client examined, fetched, weighted; or every reason why not, at once."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from lora_merge.adapter import Client
+from lora_merge.adapter import Adapter, Client
 from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.weights import Weights, resolve_weights
 from lora_merge.agreement import agreed_base_model, claim_problems
 from lora_merge.checkpoint.base_model import BaseModel, open_base
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import Description, FolderRefused, PeftFolder, open_folder
 from lora_merge.errors import MissingBaseError, NotFoundError, Problem, RefusedError, UsageError
-from lora_merge.sources.local import find_folders, names_of
+from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
+from lora_merge.sources.rooms import MAX_WAIT, Rooms, open_rooms
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources are read: how long a call may wait for a busy Hub, and whom to tell of waits and downloads."""
+
+    max_wait: float = MAX_WAIT
+    tell: Tell = lambda line: None
+    progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The clients of a merge, sorted by id; all mappings have the same keys.
+
+    Attributes:
+        clients: each one's open folder.
+        refs: where each came from.
+        weights: n of each.
+        notes: what the user should know of how the sources were read.
+    """
+
+    clients: Mapping[str, PeftFolder]
+    refs: Mapping[str, AdapterRef]
+    weights: Mapping[str, float]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The clients that a merge would have, of which no weights were read; sorted by id.
+
+    Attributes:
+        weights: n of each.
+        to_download: bytes of each that are not on this machine.
+        notes: what the user should know of how the sources were read.
+    """
+
+    candidates: Mapping[str, Candidate]
+    weights: Mapping[str, float]
+    to_download: Mapping[str, int]
+    notes: Sequence[str]
 
 
 @contextmanager
-def accepted(sources: Sequence[str | Path]) -> Iterator[dict[str, PeftFolder]]:
-    """The clients' open folders by id, sorted.
+def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) -> Iterator[Accepted]:
+    """The clients' open folders, every file of which has the hash that its place lists.
 
     Raises:
-        NotFoundError: a source names nothing.
-        RefusedError: with every problem of every client.
+        NotFoundError: a source names nothing, or may not be read.
+        RefusedError: with every problem of every client; where possible before anything is downloaded.
+        UsageError: a weight is missing or wrong.
+        NetworkError: the Hub cannot be reached.
     """
-    found = find_folders(sources)
-    if not found:
-        raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
-    opened: dict[str, PeftFolder] = {}
-    problems: list[Problem] = []
-    try:
-        for folder, name in zip(found, names_of(found), strict=True):
-            try:
-                client = open_folder(folder)
-            except FolderRefused as error:
-                problems += error.problems(name)
-                continue
-            client_id = client.statement.client_id if client.statement else name
-            if client_id in opened:
+    with open_rooms(reading.max_wait, reading.tell) as rooms:
+        candidates = _examined(rooms, sources)
+        n = _weights(candidates, weights)
+        folders = rooms.fetch(list(candidates.values()), reading.progress)
+        refs = {client: candidate.ref for client, candidate in candidates.items()}
+        opened: dict[str, PeftFolder] = {}
+        try:
+            _open(opened, dict(zip(refs, folders, strict=True)), refs)
+            yield Accepted(opened, refs, n, [*rooms.notes, *_other_names(candidates)])
+        finally:
+            for client in opened.values():
                 client.close()
-                reason = f"{client_id} is claimed by {opened[client_id].folder} too"
-                problems.append(Problem(name, "client_id", reason))
-                continue
-            opened[client_id] = client
-        problems += claim_problems(opened)
-        problems += shape_problems([Client(name, 1.0, client) for name, client in opened.items()])
-        if problems:
-            raise RefusedError(problems)
-        yield dict(sorted(opened.items()))
-    finally:
-        for client in opened.values():
-            client.close()
 
 
-def federation_of(
-    folders: Mapping[str, PeftFolder], weights: Weights, alpha: float, base: str | Path | None, device: torch.device
-) -> Federation:
+def examined(sources: Sequence[str | Path], weights: Weights, reading: Reading) -> Examined:
+    """What `accepted` would read, without reading any weights or writing anything; the same errors."""
+    with open_rooms(reading.max_wait, reading.tell) as rooms:
+        candidates = _examined(rooms, sources)
+        missing = {name: each.ref.room.missing_bytes(each) for name, each in candidates.items()}
+        notes = [*rooms.notes, *_other_names(candidates)]
+        return Examined(candidates, _weights(candidates, weights), missing, notes)
+
+
+def _examined(rooms: Rooms, sources: Sequence[str | Path]) -> dict[str, Candidate]:
+    """The adapters that the sources name, by client id, sorted; refused where they are no federation."""
+    refs = rooms.expand(sources)
+    if not refs:
+        raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
+    found: dict[str, Candidate] = {}
+    problems: list[Problem] = []
+    for candidate in rooms.examine(refs):
+        client = _client_id(candidate)
+        first = found.setdefault(client, candidate)
+        if first is not candidate:
+            problems.append(Problem(candidate.ref.source, "client_id", f"{client} is claimed by {first.ref.place} too"))
+    problems += _federation_problems({client: candidate.description for client, candidate in found.items()})
+    if problems:
+        raise RefusedError(problems)
+    return dict(sorted(found.items()))
+
+
+def _federation_problems(clients: Mapping[str, Description]) -> list[Problem]:
+    # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
+    shapes = [Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items()]
+    return [*claim_problems(clients), *shape_problems(shapes)]
+
+
+def _client_id(candidate: Candidate) -> str:
+    statement = candidate.description.statement
+    return statement.client_id if statement else candidate.ref.source
+
+
+def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
+    """A note for each repository whose statement gives another id than its own."""
+    return [
+        f"{candidate.ref.source} states the client id {client}; it is listed by that."
+        for client, candidate in candidates.items()
+        if candidate.ref.commit and client != candidate.ref.source
+    ]
+
+
+def _open(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapping[str, AdapterRef]) -> None:
+    """Open each folder into `opened`; what was examined is examined again, now on the bytes that will be merged."""
+    problems: list[Problem] = []
+    for client, folder in folders.items():
+        try:
+            opened[client] = open_folder(folder)
+        except FolderRefused as error:
+            problems += error.problems(refs[client].source)
+    problems += _federation_problems(opened)
+    if problems:
+        raise RefusedError(problems)
+
+
+def _weights(candidates: Mapping[str, Candidate], weights: Weights) -> dict[str, float]:
+    """The weight of each client; a weight may be given by id, by source, or by the source as the user wrote it."""
+    statements = [candidate.description.statement for candidate in candidates.values()]
+    counts = [statement.num_examples if statement else None for statement in statements]
+    given = [candidate.ref.given for candidate in candidates.values()]
+    names: dict[str, str] = {}
+    for client, candidate in candidates.items():
+        ref = candidate.ref
+        names |= {ref.given: client} if given.count(ref.given) == 1 else {}
+        names |= {ref.source: client, ref.place: client}
+    return dict(zip(candidates, resolve_weights(list(candidates), counts, weights, names=names), strict=True))
+
+
+def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device) -> Federation:
     """The accepted clients with their weights, and the base model's tensors where the mean needs them.
 
     Raises:
-        UsageError: a weight is missing or wrong.
         MissingBaseError: the mean needs base tensors that are not at hand.
     """
-    counts = [folder.statement.num_examples if folder.statement else None for folder in folders.values()]
-    names = {str(folder.folder): client for client, folder in folders.items()}
-    n = resolve_weights(list(folders), counts, weights, names=names)
-    clients = [Client(client, weight, folder) for (client, folder), weight in zip(folders.items(), n, strict=True)]
+    folders = inputs.clients
+    clients = [Client(client, inputs.weights[client], folder) for client, folder in folders.items()]
     conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
     without = Federation(clients, alpha, None, conv1d, device)
     needed = without.needed_base_tensors()

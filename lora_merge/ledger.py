@@ -27,11 +27,15 @@ class Contribution:
 
     Attributes:
         client_id: its declared id, or its folder's name where it declares none.
+        source: where it came from: a repository of the Hub, a folder's short name, a URL.
+        commit: of the repository; None where the source has none.
         weight: n as used; `share` is p, n over the sum of all.
         sha256: the hash of each file that was read.
     """
 
     client_id: str
+    source: str
+    commit: str | None
     weight: float
     share: float
     num_examples: int | None
@@ -166,6 +170,12 @@ def _or_null(form: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
     return lambda name, value: None if value is None else form(name, value)
 
 
+def _commit(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{40}", value)):
+        raise LedgerError(name, "must be a commit of 40 hex digits, or null")
+    return value
+
+
 def _sha256(name: str, value: Any) -> str:
     if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
         raise LedgerError(name, "must be a sha256 in hex")
@@ -189,6 +199,8 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "parent": _or_null(_text),
     # of a contribution
     "client_id": _text,
+    "source": _text,
+    "commit": _or_null(_commit),
     "weight": _number,
     "share": _number,
     "num_examples": _or_null(_count),

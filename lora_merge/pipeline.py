@@ -1,18 +1,17 @@
 """The corridor of `lora-merge aggregate`: sources, to adapters, to one folder."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.registry import Options, Rank
-from lora_merge.aggregation.schedule import Advance, pool
+from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint import merge
@@ -21,12 +20,13 @@ from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
 from lora_merge.errors import RefusedError, StorageError, UsageError
-from lora_merge.intake import accepted, federation_of
+from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
 from lora_merge.provenance import contributions_of, ledger_of, write_records
+from lora_merge.sources.reference import Progress, Tell
+from lora_merge.sources.rooms import MAX_WAIT
 
 RANK_THAT_SERVERS_TAKE = 512
-Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,15 @@ def aggregate(
     certificate: CertificateMode | None = None,
     workers: int | None = None,
     force: bool = False,
-    progress: Progress = lambda what, total: nullcontext(lambda steps: None),
+    max_wait: float = MAX_WAIT,
+    tell: Tell = lambda line: None,
+    progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None),
 ) -> Aggregation:
-    """Merge the adapters in `sources` (folders, or globs of them) into the PEFT folder `output`.
+    """Merge the adapters in `sources` into the PEFT folder `output`.
 
     Args:
+        sources: folders and globs of them; `org/name` and `org/pattern-*` on the Hub, with `@revision` or without;
+            `hf://…`, collections, and URLs that fsspec knows.
         method: a name in `lora_merge.aggregation.methods.METHODS`.
         rank: of `svd`: a number, `auto` (the default) or `lossless`.
         energy: of `auto`: the share of the squared norm to keep, 0.99 by default.
@@ -69,12 +73,15 @@ def aggregate(
         certificate: `exact`, `probes` or `off`; None chooses by size.
         workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
         force: replace what is at `output`.
-        progress: called with a label and a number of steps; yields a function that advances by steps.
+        max_wait: seconds that one call may wait for a busy Hub.
+        tell: called with a line when such a wait begins.
+        progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
 
     Raises:
         UsageError: an option is wrong, or `output` exists.
         RefusedError: clients are refused; with every problem of all of them. Nothing is written.
-        NotFoundError: a source names nothing.
+        NotFoundError: a source names nothing, or may not be read.
+        NetworkError: the Hub cannot be reached, or stays busy.
         MissingBaseError: the mean needs base tensors that are not at hand.
         StorageError: the disk is full or not writable.
 
@@ -88,16 +95,16 @@ def aggregate(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be 1 or more, is {workers}.")
     check_free(output, force=force)
-    with accepted(sources) as folders:
-        federation = federation_of(folders, weights, global_lr, base, _device(device))
+    with accepted(sources, weights, Reading(max_wait, tell, progress)) as inputs:
+        federation = federation_of(inputs, global_lr, base, _device(device))
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
-            hashes = threads.map(PeftFolder.sha256, folders.values())
+            hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
             merges, measured = _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            contributions = contributions_of(federation, folders, hashes)
-            ledger = ledger_of(federation, folders, settings, weights, contributions, measured)
-            write_records(work, ledger, folders, merges)
-            _require_unchanged(folders)
-        return Aggregation(output, ledger, [*claim_warnings(folders), *_rank_warning(ledger)])
+            contributions = contributions_of(inputs, federation.total, hashes)
+            ledger = ledger_of(federation, inputs.clients, settings, weights, contributions, measured)
+            write_records(work, ledger, inputs.clients, merges)
+            _require_unchanged(inputs.clients)
+        return Aggregation(output, ledger, [*inputs.notes, *claim_warnings(inputs.clients), *_rank_warning(ledger)])
 
 
 def _settings(
@@ -141,7 +148,7 @@ def _merge(
 ) -> tuple[list[Merge], list[Measured]]:
     try:
         merges = merge.plan(federation, settings, threads)
-        with progress("Merging", len(merges)) as advance:
+        with progress("Merging", len(merges), "modules") as advance:
             return merges, merge.write(merges, settings, path, threads, advance)
     except RefusedError as error:
         # One tensor was refused; before saying so, look at all the others too.

@@ -20,25 +20,26 @@ from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, PeftFolder
 from lora_merge.checkpoint.writer import merged_config
+from lora_merge.intake import Accepted
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
 
 
-def contributions_of(
-    federation: Federation, folders: Mapping[str, PeftFolder], hashes: Iterable[dict[str, str]]
-) -> list[Contribution]:
-    """What each client put in; `hashes` in the clients' order."""
+def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, str]]) -> list[Contribution]:
+    """What each client put in; `hashes` in the clients' order, `total` the sum of all weights."""
     return [
         Contribution(
-            client_id=client.id,
-            weight=client.n,
-            share=client.n / federation.total,
+            client_id=client,
+            source=inputs.refs[client].source,
+            commit=inputs.refs[client].commit,
+            weight=inputs.weights[client],
+            share=inputs.weights[client] / total,
             num_examples=statement.num_examples if statement else None,
             sha256=sha256,
             recipe=asdict(statement.recipe) if statement and statement.recipe else None,
         )
-        for client, sha256 in zip(federation.clients, hashes, strict=True)
-        for statement in [folders[client.id].statement]
+        for (client, folder), sha256 in zip(inputs.clients.items(), hashes, strict=True)
+        for statement in [folder.statement]
     ]
 
 

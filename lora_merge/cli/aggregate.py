@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,12 +17,20 @@ from lora_merge.errors import NotFoundError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lora_merge.forecast import Forecast, ForecastClient
     from lora_merge.pipeline import Aggregation
 
 
 def aggregate(
-    sources: Annotated[list[str], typer.Argument(help="Adapter folders, or quoted globs of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write the global adapter to.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, ORG/NAME, 'ORG/PATTERN-*' (also @REVISION), URLs, or - for ids on standard input."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to write the global adapter to.")
+    ] = None,
     method: Annotated[str, typer.Option(help="exact, svd, fedavg or ffa.")] = "exact",
     rank: Annotated[str | None, typer.Option(help="Of svd: a number, auto or lossless.  [default: auto]")] = None,
     energy: Annotated[
@@ -44,6 +54,10 @@ def aggregate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Modules merged at a time; the bytes stay the same.  [default: CPUs]")
     ] = None,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -51,17 +65,23 @@ def aggregate(
 ) -> None:
     """Merge adapters that were fine-tuned apart into one global adapter.
 
-    Example: lora-merge aggregate 'clients/*' --output global
+    Example: lora-merge aggregate 'org/client-*' --output global
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(resume="Run the same command again: what is whole is not downloaded again."):
         chosen = _weights(weights, weight or [])
+        named = list(_named(sources))
+        if dry_run:
+            _dry_run(out, named, chosen, workers, max_wait)
+            return
+        if output is None:
+            raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge --help")
         started = time.monotonic()
         from lora_merge.checkpoint.merge import CertificateMode
         from lora_merge.pipeline import aggregate as run
 
         result = run(
-            cast("list[str | Path]", sources),
+            named,
             output,
             method=method,
             rank=_rank(rank),
@@ -74,12 +94,54 @@ def aggregate(
             certificate=cast("CertificateMode | None", certificate),
             workers=workers,
             force=force,
-            progress=lambda what, total: out.progress(what, total, "modules"),
+            max_wait=max_wait,
+            tell=out.say,
+            progress=out.progress,
         )
         for warning in result.warnings:
             out.warn(warning)
         seconds = time.monotonic() - started
         out.result(_as_json(result, seconds), made=str(output), show=lambda: _table(result, seconds))
+
+
+def _named(sources: list[str]) -> Iterator[str]:
+    """The sources, with the lines of standard input in the place of `-`."""
+    for source in sources:
+        if source != "-":
+            yield source
+            continue
+        lines = [line for text in sys.stdin.read().splitlines() if (line := text.strip()) and not line.startswith("#")]
+        if not lines:
+            raise NotFoundError("Standard input names no adapter.", hint="One source a line.")
+        yield from lines
+
+
+def _dry_run(out: Output, sources: list[str], weights: Any, workers: int | None, max_wait: float) -> None:
+    from lora_merge.forecast import forecast
+    from lora_merge.intake import Reading
+
+    found = forecast(sources, weights=weights, workers=workers, reading=Reading(max_wait, out.say))
+    for warning in found.warnings:
+        out.warn(warning)
+    out.result(asdict(found), made="\n".join(_pin(c) for c in found.clients), show=lambda: _forecast_table(found))
+
+
+def _pin(client: "ForecastClient") -> str:
+    return f"{client.source}@{client.commit}" if client.commit else client.source
+
+
+def _forecast_table(found: "Forecast") -> "Table":
+    from rich.table import Table
+
+    table = Table("client", "source", "commit", "examples", "weight", "share", "bytes", "to download", box=None)
+    for each in found.clients:
+        examples = "" if each.num_examples is None else str(each.num_examples)
+        row = [each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}"]
+        table.add_row(*map(plain, (*row, str(each.size), str(each.to_download))))
+    size, missing = sum(c.size for c in found.clients), sum(c.to_download for c in found.clients)
+    total = f"{len(found.clients)} clients"
+    table.add_row(total, f"memory: about {found.memory:,} bytes", "", "", "", "", str(size), str(missing))
+    return table
 
 
 def _rank(rank: str | None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.utils import _http as library  # its event hook and the present factory have no public name
+from huggingface_hub.utils._xet import abort_xet_session
 
 from lora_merge import __version__
 from lora_merge.errors import NetworkError
@@ -170,6 +171,14 @@ def _failing(error: Exception) -> str:
     if isinstance(error, httpx2.ConnectError):
         return "cannot be reached"
     return "does not answer" if isinstance(error, httpx2.TimeoutException) else "breaks the connection"
+
+
+def interrupt() -> None:
+    """End the open session's waits, and its downloads over Xet: for Ctrl-C, and where going on is useless."""
+    client = library.get_session()
+    if isinstance(client, HubClient):
+        client.patience.end()
+    abort_xet_session()  # type: ignore[no-untyped-call]
 
 
 def endpoint() -> str:

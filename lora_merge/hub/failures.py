@@ -47,6 +47,8 @@ def translated(error: Exception, repo: str) -> LoraMergeError:
     """`error`, raised by a call about `repo`, as one of ours."""
     if isinstance(error, hub.HfHubHTTPError):
         return _from_answer(error, repo)
+    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return translated(error.__cause__, repo)
     if isinstance(error, hub.OfflineModeIsEnabled):
         return NetworkError(f"{repo} is on the Hub, and HF_HUB_OFFLINE is set.", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, hub.HFValidationError):

@@ -3,27 +3,51 @@
 import difflib
 import glob
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from lora_merge.errors import NotFoundError, UsageError, one_line
+from lora_merge.checkpoint.peft_folder import READ_NAMES, Description, open_folder
+from lora_merge.errors import NotFoundError, one_line
+from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
 
-def find_folders(sources: Sequence[str | Path]) -> list[Path]:
-    """The folders that `sources` name: folders, or globs of them.
+class LocalRoom:
+    """This machine's folders as a place that adapters come from. They have no commits: their hashes are recorded."""
 
-    Raises:
-        NotFoundError: a source names nothing; with near misses.
-        UsageError: a folder is given twice, which would count it twice.
-    """
-    found: dict[Path, Path] = {}
-    for folder in (folder for source in sources for folder in _expand(str(source))):
-        if (first := found.setdefault(folder.resolve(), folder)) is not folder:
-            also = f", as {first} too" if first != folder else ""
-            raise UsageError(one_line(f"{folder} is given twice{also}."))
-    return list(found.values())
+    store = None
+
+    def expand(self, source: str) -> list[AdapterRef]:
+        """The folders that `source` names: one, or those that a glob matches.
+
+        Raises:
+            NotFoundError: there is none; with near misses.
+        """
+        return [AdapterRef(one_line(folder.name), source, str(folder), room=self) for folder in _folders(source)]
+
+    def examine(self, ref: AdapterRef) -> Candidate:
+        folder = Path(ref.place)
+        with closing(open_folder(folder)) as found:
+            files = {name: FileEntry(name, (folder / name).stat().st_size) for name in READ_NAMES if _has(folder, name)}
+            return Candidate(ref, files, Description(found.config, found.statement, found.stored))
+
+    def fetch(self, candidate: Candidate, advance: Advance) -> Path:
+        return Path(candidate.ref.place)
+
+    def missing_bytes(self, candidate: Candidate) -> int:
+        return 0
 
 
-def _expand(source: str) -> list[Path]:
+def is_folder(source: str) -> bool:
+    """Whether `source` names a folder here, or a glob matches one."""
+    path = Path(source).expanduser()
+    return path.is_dir() or any(Path(match).is_dir() for match in glob.iglob(str(path), recursive=True))
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).exists()
+
+
+def _folders(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         return [path]

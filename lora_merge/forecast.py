@@ -1,0 +1,83 @@
+"""What a merge would read and need, before it reads or writes anything: `aggregate --dry-run`."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_merge.adapter import FactorsSpec, FullSpec, Spec
+from lora_merge.aggregation.schedule import default_workers
+from lora_merge.aggregation.weights import Weights
+from lora_merge.intake import Reading, examined
+
+FLOAT_BYTES = 4
+COPIES = 3  # a module's factors as they are read, as they are stacked, and as they are written or factorised
+
+
+@dataclass(frozen=True)
+class ForecastClient:
+    """One client of a merge that has not begun.
+
+    Attributes:
+        size: bytes of all its files.
+        to_download: those of them that are not on this machine.
+        weight: n as it would be used; `share` is p, n over the sum of all.
+    """
+
+    client_id: str
+    source: str
+    commit: str | None
+    size: int
+    to_download: int
+    num_examples: int | None
+    weight: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A merge that has not begun. `memory` is in bytes, roughly, beside what Python and torch take themselves."""
+
+    clients: Sequence[ForecastClient]
+    memory: int
+    warnings: Sequence[str]
+
+
+def forecast(
+    sources: Sequence[str | Path], *, weights: Weights = "examples", workers: int | None = None, reading: Reading
+) -> Forecast:
+    """List, examine and weigh the adapters in `sources`; nothing is downloaded, nothing written.
+
+    Raises:
+        NotFoundError, RefusedError, UsageError, NetworkError: as `lora_merge.pipeline.aggregate`.
+    """
+    found = examined(sources, weights, reading)
+    total = sum(found.weights.values())
+    clients = [
+        ForecastClient(
+            client_id=client,
+            source=candidate.ref.source,
+            commit=candidate.ref.commit,
+            size=candidate.size,
+            to_download=found.to_download[client],
+            num_examples=statement.num_examples if statement else None,
+            weight=found.weights[client],
+            share=found.weights[client] / total,
+        )
+        for client, candidate in found.candidates.items()
+        for statement in [candidate.description.statement]
+    ]
+    specs = [candidate.description.specs for candidate in found.candidates.values()]
+    largest = max(_bytes(each[name] for each in specs if name in each) for name in {n for each in specs for n in each})
+    return Forecast(clients, COPIES * largest * (workers or default_workers()), found.notes)
+
+
+def _bytes(specs: Iterable[Spec]) -> int:
+    """What one module's updates of all clients take in fp32."""
+    return FLOAT_BYTES * sum(_numbers(spec) for spec in specs)
+
+
+def _numbers(spec: Spec) -> int:
+    if isinstance(spec, FactorsSpec):
+        return spec.blocks * spec.r * (spec.d_in + spec.d_out)
+    return math.prod(spec.shape) if isinstance(spec, FullSpec) else len(spec.indices) * spec.d

@@ -1,0 +1,142 @@
+"""The Hub's cache on this machine, distrusted: every file is hashed here, because the library checks sizes only."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+
+from lora_merge import __version__
+from lora_merge.checkpoint.peft_folder import FolderRefused
+from lora_merge.checkpoint.safetensors_file import FileRefused
+from lora_merge.hub.failures import asking
+from lora_merge.sources.reference import Advance, FileEntry
+
+CHUNK = 1 << 20
+
+
+def cached_file(repo: str, commit: str, name: str) -> Path | None:
+    """Where the cache has a file of a commit; None where it has not."""
+    found = try_to_load_from_cache(repo, name, revision=commit)
+    return Path(found) if isinstance(found, str) and os.path.isfile(found) else None
+
+
+def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Path:
+    """A file of a commit in the cache, downloaded where it is not there; once more where its hash is wrong.
+
+    Args:
+        advance: counts the bytes that are downloaded.
+
+    Raises:
+        FolderRefused: the hash is wrong twice.
+        NetworkError, NotFoundError, StorageError: as the Hub or the disk fails.
+    """
+    for again in (False, True):
+        counter = _Counter(advance)
+        with asking(repo):
+            path = Path(
+                hf_hub_download(
+                    repo,
+                    file.name,
+                    revision=commit,
+                    force_download=again,
+                    tqdm_class=_bar_of(counter),
+                    library_name="lora-merge",
+                    library_version=__version__,
+                )
+            )
+            problem = hash_problem(path, file)
+        if problem is None:
+            return path
+        counter.take_back()
+    raise FolderRefused([FileRefused(file.name, f"{problem}; it was fetched twice")])
+
+
+def hash_problem(content: bytes | Path, file: FileEntry) -> str | None:
+    """What is wrong with a file's bytes against its listing; None where they are the ones that are listed."""
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    if size != file.size:
+        return f"has {size} bytes where {file.size} are listed"
+    if file.sha256 is not None:
+        digest, listed = hashlib.sha256(), file.sha256
+    else:
+        digest, listed = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), file.git_sha1 or ""
+    for chunk in _chunks(content):
+        digest.update(chunk)
+    return None if digest.hexdigest() == listed else "does not have the hash that is listed"
+
+
+def _chunks(content: bytes | Path) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def remove_leftovers(repo: str) -> None:
+    """Remove the partial files that a killed run left of `repo`; those of a live one are locked and stay."""
+    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    locks = Path(constants.HF_HUB_CACHE, ".locks", folder)
+    for part in Path(constants.HF_HUB_CACHE, folder, "blobs").glob("*.incomplete"):
+        if not _is_locked(locks / f"{part.name.partition('.')[0]}.lock"):
+            part.unlink(missing_ok=True)
+
+
+def _is_locked(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what the library's own lock does
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+class _Counter:
+    """Bytes of one download, which may have to be taken back."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance, self.count = advance, 0
+
+    def add(self, count: int) -> None:
+        self.count += count
+        self.advance(count)
+
+    def take_back(self) -> None:
+        self.add(-self.count)
+
+
+def _bar_of(counter: _Counter) -> Any:
+    """What huggingface_hub takes for a tqdm class, without its printing."""
+
+    class Bar:
+        total: int | None = None
+
+        def __init__(self, **options: Any) -> None: ...
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def update(self, count: float | None = 1) -> None:
+            counter.add(int(count or 0))
+
+        def update_transfer(self, count: int) -> None:
+            """Xet's count of bytes on the wire; the file's own bytes are what is shown."""
+
+        def set_postfix_str(self, *text: object, **options: object) -> None: ...
+
+        set_transfer_postfix_str = refresh = close = set_postfix_str
+
+    return Bar

@@ -1,0 +1,171 @@
+"""Which place a source names, by its form: a folder here, the Hub, or a URL."""
+
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from lora_merge.errors import NetworkError, StorageError, UsageError, one_line
+from lora_merge.sources.filesystems import FilesystemRoom
+from lora_merge.sources.local import LocalRoom, is_folder, names_of
+from lora_merge.sources.parallel import for_each
+from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
+
+MAX_WAIT = 300.0  # seconds
+
+_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
+
+
+@contextmanager
+def open_rooms(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> Iterator["Rooms"]:
+    """All places that adapters come from; each is opened when the first source names it.
+
+    Args:
+        max_wait: the seconds that a call may wait for a busy Hub.
+        tell: called with a line when such a wait begins.
+    """
+    if not max_wait >= 0:
+        raise UsageError(f"--max-wait must be a number of seconds from 0 up, is {max_wait}.")
+    with ExitStack() as stack:
+        yield Rooms(stack, max_wait, tell)
+
+
+class Rooms:
+    """The open places. `notes` is what the user should know of how the sources were read."""
+
+    def __init__(self, stack: ExitStack, max_wait: float, tell: Tell) -> None:
+        self._stack, self._max_wait, self._tell = stack, max_wait, tell
+        self.notes: list[str] = []
+
+    def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
+        """Every adapter that the sources name, pinned, in their order.
+
+        Raises:
+            NotFoundError: a source names nothing.
+            UsageError: an adapter is named twice, which would count it twice.
+        """
+        named = [(self._room(source), str(source)) for source in sources]
+        found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
+        refs = [ref for each in found for ref in each]
+        _refuse_twice(refs)
+        return _with_short_names(refs)
+
+    def examine(self, refs: Sequence[AdapterRef]) -> list[Candidate]:
+        """Each adapter's files, and what its config, statement and header say; no weights are read.
+
+        Raises:
+            RefusedError: with every problem of every adapter.
+        """
+        return for_each(lambda ref: ref.room.examine(ref), refs, lambda ref: ref.source, self.interrupt)
+
+    def fetch(self, candidates: Sequence[Candidate], progress: Progress) -> list[Path]:
+        """Each adapter's folder on this machine, every file checked against its hash; what is there is not fetched.
+
+        Raises:
+            RefusedError: with every file that is not what its place lists.
+            StorageError: there is no room for it.
+        """
+        missing = {candidate.ref: candidate.ref.room.missing_bytes(candidate) for candidate in candidates}
+        _require_space(missing)
+        lock = threading.Lock()
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            self.interrupt()
+
+        with progress("Downloading", sum(missing.values()), "bytes") if any(missing.values()) else _silent() as advance:
+
+            def count(size: int) -> None:
+                if stopped:
+                    raise NetworkError("The download was stopped.")
+                with lock:
+                    advance(size)
+
+            work = lambda candidate: candidate.ref.room.fetch(candidate, count)  # noqa: E731
+            return for_each(work, candidates, lambda candidate: candidate.ref.source, stop)
+
+    def interrupt(self) -> None:
+        """Make every call to the Hub that waits or downloads end soon."""
+        if "_hub" in vars(self):
+            from lora_merge.hub.client import interrupt
+
+            interrupt()
+
+    def _room(self, source: str | Path) -> Room:
+        text = str(source)
+        if isinstance(source, Path):
+            return self._local
+        if text.startswith("hf://"):
+            return self._hub
+        if "://" in text:
+            return self._hub if _is_web_address(text) else self._filesystem
+        if not _ON_THE_HUB.fullmatch(text) or text.startswith("."):
+            return self._local
+        if is_folder(text):
+            self.notes.append(f"{one_line(text)} is read from this machine; for the Hub: hf://{one_line(text)}")
+            return self._local
+        if Path(text.partition("/")[0]).is_dir() or Path(text).exists():
+            return self._local  # which says what is wrong with it
+        return self._hub
+
+    @cached_property
+    def _local(self) -> Room:
+        return LocalRoom()
+
+    @cached_property
+    def _filesystem(self) -> Room:
+        scratch = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-"))
+        return FilesystemRoom(Path(scratch))
+
+    @cached_property
+    def _hub(self) -> Room:
+        from lora_merge.hub.client import hub_session  # half a second that a merge of folders need not wait
+        from lora_merge.sources.hub import HubRoom
+
+        return HubRoom(self._stack.enter_context(hub_session(self._max_wait, self._tell)))
+
+
+def _silent() -> AbstractContextManager[Advance]:
+    return nullcontext(lambda steps: None)
+
+
+def _require_space(missing: Mapping[AdapterRef, int]) -> None:
+    """Raise `StorageError` where what is to be downloaded does not fit."""
+    for room in {ref.room for ref in missing}:
+        needed = sum(size for ref, size in missing.items() if ref.room is room)
+        if not needed or room.store is None:
+            continue
+        folder = next(path for path in (room.store, *room.store.parents) if path.exists())
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise StorageError(f"{room.store} has {free:,} bytes free, and {needed:,} are to be downloaded.")
+
+
+def _is_web_address(text: str) -> bool:
+    if not text.startswith(("http://", "https://")):
+        return False
+    from lora_merge.sources.hub import is_web_address
+
+    return is_web_address(text)
+
+
+def _refuse_twice(refs: Sequence[AdapterRef]) -> None:
+    found: dict[tuple[type, str], AdapterRef] = {}
+    for ref in refs:
+        place = str(Path(ref.place).resolve()) if isinstance(ref.room, LocalRoom) else ref.place
+        if (first := found.setdefault((type(ref.room), place), ref)) is not ref:
+            also = f", as {first.place} too" if first.place != ref.place else ""
+            raise UsageError(one_line(f"{ref.place} is given twice{also}."))
+
+
+def _with_short_names(refs: Sequence[AdapterRef]) -> list[AdapterRef]:
+    """Folders by as much of their paths as tells them apart."""
+    folders = [Path(ref.place) for ref in refs if isinstance(ref.room, LocalRoom)]
+    names = dict(zip(map(str, folders), names_of(folders), strict=True))
+    return [replace(ref, source=names[ref.place]) if isinstance(ref.room, LocalRoom) else ref for ref in refs]
