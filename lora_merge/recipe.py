@@ -73,6 +73,22 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Agreed:
+    """What a federation's repository fixes beside the settings.
+
+    Attributes:
+        repo, commit: the repository, and the commit of it that is followed.
+        base_weights_sha256: of the base model; None where whoever made the federation did not have it.
+        start: the sha256 of the lora_A that each module starts from.
+    """
+
+    repo: str
+    commit: str
+    base_weights_sha256: str | None
+    start: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class LoadedRecipe:
     """A recipe as it will run, and what the statement says of it.
 
@@ -81,12 +97,19 @@ class LoadedRecipe:
         path: the YAML file.
         digest: of the recipe as the file has it, without overrides: what `aggregate` compares between clients.
         overrides: the ``--set`` values.
+        agreed: of a federation on the Hub; None for a file.
     """
 
     recipe: Recipe
     path: Path
     digest: str
     overrides: Mapping[str, Any]
+    agreed: Agreed | None = None
+
+    @property
+    def name(self) -> str:
+        """What the statement calls it: `org/federation@commit`, or the name in the file."""
+        return f"{self.agreed.repo}@{self.agreed.commit}" if self.agreed else self.recipe.name
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -101,12 +124,21 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         UsageError: settings are unknown, missing or wrong; all are named.
     """
     path = find(name_or_path)
-    data = _read(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a YAML file: {error}") from error
+    return read(text, path, overrides)
+
+
+def read(text: str, path: Path, overrides: Sequence[str] = (), agreed: Agreed | None = None) -> LoadedRecipe:
+    """Read a recipe's text, which lies at `path`; raises `UsageError` as `load` does."""
+    data = _parse(text, path)
     asked = dict(_override(text) for text in overrides)
     recipe = check(data, str(path))
     final = check({**_without_rival(data, asked), **asked}, "--set") if asked else recipe
     applied = {key: value for key, value in final.settings().items() if key in asked}
-    return LoadedRecipe(final, path, recipe.digest(), applied)
+    return LoadedRecipe(final, path, recipe.digest(), applied, agreed)
 
 
 def check(data: Mapping[str, Any], where: str) -> Recipe:
@@ -161,10 +193,18 @@ def find(name_or_path: str) -> Path:
 
 
 def script_of(loaded: LoadedRecipe) -> Path:
-    """The script that a recipe names: beside its YAML file, else among the shipped ones. Never downloaded."""
-    for place in (loaded.path.parent, folder()):
+    """The script that a recipe names: beside its YAML file, else among the shipped ones.
+
+    A script is never downloaded, and one that lies beside a federation's file in some cache is not run.
+    """
+    for place in (folder(),) if loaded.agreed else (loaded.path.parent, folder()):
         if (place / loaded.recipe.script).is_file():
             return place / loaded.recipe.script
+    if loaded.agreed:
+        raise NotFoundError(
+            f"{loaded.name} names the script {loaded.recipe.script}, which this version does not ship.",
+            hint="A federation's scripts are the shipped ones; another version of lora-merge may have it.",
+        )
     raise NotFoundError(
         f"{loaded.path} names the script {loaded.recipe.script}, which is neither beside it nor shipped.",
         hint=f"Put {loaded.recipe.script} into {loaded.path.parent}, or copy a shipped one: lora-merge recipes copy",
@@ -188,10 +228,10 @@ def copy(name: str, destination: Path, *, force: bool = False) -> list[Path]:
     return targets
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        data = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = read_yaml(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UsageError(f"{path}: not a recipe: must be a mapping from setting to value.")

@@ -10,6 +10,7 @@ every client of a federation has to run the same.
 from datetime import UTC, datetime
 
 from lora_merge.recipe import LoadedRecipe
+from lora_merge.training.agreed import check_agreed_base, check_agreed_start
 from lora_merge.training.base_model import add_lora, check_base, find_base, load_model, load_tokenizer
 from lora_merge.training.client import Trained, write_client
 from lora_merge.training.data import encode_rows, read_rows
@@ -26,6 +27,7 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
     base = find_base(recipe, job.base, job.tell)
     check_base(base, recipe)
     stated = base.statement()
+    check_agreed_base(stated, loaded)
 
     with work_folder(job, loaded, stated) as checkpoint:
         tokenizer = load_tokenizer(base)
@@ -33,6 +35,7 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
         dtype = sound_dtype(recipe.dtype, device)
         job.tell(f"{job.client_id}: {len(examples)} examples, {recipe.base_model} on {device} in {dtype}")
         model = add_lora(load_model(base, dtype), recipe)  # lora_A from the shared seed, lora_B zero
+        check_agreed_start(model, loaded)
         fitted = fit(model, examples, tokenizer.pad_token_id, recipe, job, device, checkpoint)
         return write_client(model, stated, len(examples), fitted, loaded, job, started)
 

@@ -43,7 +43,7 @@ def write_client(
         base_model=base,
         # A run of few steps may not have come to every row; the client's weight counts those that it learnt from.
         num_examples=min(num_examples, fitted.steps * loaded.recipe.batch_size),
-        recipe=RecipeRef(loaded.recipe.name, loaded.digest, loaded.recipe.prompt_form, dict(loaded.overrides)),
+        recipe=RecipeRef(loaded.name, loaded.digest, loaded.recipe.prompt_form, dict(loaded.overrides)),
         local_epochs=fitted.epochs,
         steps=fitted.steps,
         tokens=fitted.tokens,

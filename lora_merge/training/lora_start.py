@@ -7,6 +7,7 @@ different processors and give other bytes.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,22 +19,41 @@ def start_from_seed(model: Any, seed: int, adapter_name: str = "default") -> int
     lora_A is uniform within 1 / sqrt(fan_in), as PEFT draws it; lora_B is zero. On an embedding PEFT has it the other
     way round: lora_A is zero, and lora_B has unit variance.
     """
+    modules = 0
+    for name, drawn, zero, bound in _factors(model, adapter_name):
+        _fill(drawn, seeded_uniform(seed, name, tuple(drawn.shape), bound))
+        _zero(zero)
+        modules += 1
+    return modules
+
+
+def start_of(model: Any, adapter_name: str = "default") -> dict[str, str]:
+    """The sha256 of the factor that each module starts from, as the model holds it: fp32, little-endian."""
+    return {name: _sha256(drawn) for name, drawn, _, _ in _factors(model, adapter_name)}
+
+
+def seeded_start(model: Any, seed: int, adapter_name: str = "default") -> dict[str, str]:
+    """What `start_of` will be after `start_from_seed`. The model may be on the device `meta`: shapes are enough."""
+    return {
+        name: _sha256(seeded_uniform(seed, name, tuple(drawn.shape), bound))
+        for name, drawn, _, bound in _factors(model, adapter_name)
+    }
+
+
+def _factors(model: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """Each module's name, the factor that is drawn, the factor that is zero, and the bound of what is drawn."""
     from peft.tuners.lora import LoraLayer
 
-    modules = 0
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         name = name.removeprefix("base_model.model.")
         if adapter_name in module.lora_A:
-            _fill(module.lora_A[adapter_name].weight, seed, name, bound=None)
-            _zero(module.lora_B[adapter_name].weight)
-            modules += 1
+            drawn = module.lora_A[adapter_name].weight
+            fan_in = math.prod(drawn.shape[1:])
+            yield name, drawn, module.lora_B[adapter_name].weight, 1 / math.sqrt(fan_in)
         if adapter_name in module.lora_embedding_A:
-            _zero(module.lora_embedding_A[adapter_name])
-            _fill(module.lora_embedding_B[adapter_name], seed, name, bound=math.sqrt(3))
-            modules += 1
-    return modules
+            yield name, module.lora_embedding_B[adapter_name], module.lora_embedding_A[adapter_name], math.sqrt(3)
 
 
 def seeded_uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> torch.Tensor:
@@ -47,11 +67,15 @@ def seeded_uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -
 
 
 @torch.no_grad()
-def _fill(factor: torch.Tensor, seed: int, name: str, bound: float | None) -> None:
-    fan_in = math.prod(factor.shape[1:])
-    factor.copy_(seeded_uniform(seed, name, tuple(factor.shape), 1 / math.sqrt(fan_in) if bound is None else bound))
+def _fill(factor: torch.Tensor, values: torch.Tensor) -> None:
+    factor.copy_(values)
 
 
 @torch.no_grad()
 def _zero(factor: torch.Tensor) -> None:
     factor.zero_()
+
+
+def _sha256(factor: torch.Tensor) -> str:
+    values = factor.detach().to("cpu", torch.float32).contiguous().numpy()
+    return hashlib.sha256(values.astype("<f4", copy=False).tobytes()).hexdigest()
