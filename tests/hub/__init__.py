@@ -10,7 +10,8 @@ accounts        users, organisations, tokens, and what each may do
 state           all of it, and the rights of a request
 api_*           the Hub origin, a file for each part of its interface
 cdn, xet, lz4   the origin of large files: LFS objects, and Xet's content-addressed store
-server          LocalHub: two origins up and down, and a Python side door to seed, read and break
+origins         two ports and the thread that serves them
+server          LocalHub: all of it, and a Python side door to seed, read and break it
 client          a long-lived interpreter with huggingface_hub imported, for tests of the Hub itself
 fixture         the pytest fixtures; a test module imports what it needs from there
 """

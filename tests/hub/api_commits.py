@@ -14,7 +14,7 @@ from tests.hub.wire import Refusal, Request, Response, answer
 
 @hub.on("POST", "/api/models/{id}/preupload/{rev}")
 def preupload(state: State, request: Request) -> Response:
-    repository, _ = state.writable(request, pull_request=request.flag("create_pr"))
+    repository, _ = state.committable(request)
     commit, wanted = repository.at(request.args["rev"]), request.json()
     if len(wanted["files"]) > 256:
         raise Refusal(413, "Too many files")
@@ -37,7 +37,7 @@ def plan(commit: Commit, path: str, size: int, ignored: Sequence[str]) -> dict[s
 def commit(state: State, request: Request) -> Response:
     """One commit, all or nothing; 412 where the branch is no longer at the parent that the client saw."""
     pull_request = request.flag("create_pr")
-    repository, token = state.writable(request, pull_request=pull_request)
+    repository, token = state.committable(request)
     header, *operations = (json.loads(line) for line in request.body.splitlines() if line)
     ref, parent = repository.ref(request.args["rev"]), header["value"].get("parentCommit")
     if ref is None or ref.startswith("refs/tags/"):

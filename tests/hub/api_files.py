@@ -76,9 +76,8 @@ def xet_read_token(state: State, request: Request) -> Response:
 
 @hub.on("GET", "/api/models/{id}/xet-write-token/{rev}")
 def xet_write_token(state: State, request: Request) -> Response:
-    pull_request = request.flag("create_pr")
-    repository, _ = state.writable(request, pull_request=pull_request)
-    if not pull_request:
+    repository, _ = state.committable(request)
+    if not request.flag("create_pr"):  # then the revision is the word None
         repository.at(request.args["rev"])
     return xet_token(state, "write")
 

@@ -1,5 +1,6 @@
 """The Hub origin: who am I, repositories made, deleted and set, collections, what may be done."""
 
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -101,6 +102,7 @@ def card_errors(text: str) -> list[str]:
     ]
 
 
+@lru_cache(maxsize=1024)
 def front_matter(text: str) -> Any:
     """The YAML between the first two lines of `---`; nothing where there is none."""
     lines = text.splitlines()

@@ -38,10 +38,16 @@ class Connection:
 
     async def serve(self) -> None:
         """Answers one request after the other until either side has had enough."""
-        with suppress(Gone, ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            while await self.exchange():
-                pass
-        self.writer.close()
+        try:
+            with suppress(Gone, ConnectionError, asyncio.IncompleteReadError):
+                while await self.exchange():
+                    pass
+        finally:
+            self.writer.close()
+
+    async def hang_up(self) -> None:
+        """Ends the connection now."""
+        self.writer.transport.abort()
         with suppress(ConnectionError):
             await self.writer.wait_closed()
 

@@ -19,7 +19,8 @@ HTML = b"<!DOCTYPE html><html><body><h1>Sign in to this network</h1></body></htm
 class Fault:
     """One thing that goes wrong.
 
-    on: what it strikes, as `METHOD path`, by fnmatch: `GET *`, `POST /api/models/*/commit/*`. `*` matches slashes.
+    on: what it strikes, as `METHOD path`, by fnmatch: `GET *`, `POST /api/models/*/commit/*`. `*` matches
+        slashes; a path is as it was sent (`refs%2Fpr%2F1`).
     kind: status   answers `status` (503) instead of doing anything; `retry_after` sets the header
           html     answers 200 and a page of HTML instead of doing anything
           reset    resets the connection instead of doing anything
@@ -30,7 +31,7 @@ class Fault:
           short    sends the half of the body as if it were all
           flip     flips a bit of the body: bit 0 of byte `offset`, or of the middle one
           drip     sends the body byte by byte, one in `seconds`
-    times: how often; for ever where None. until: or until that moment (time.monotonic).
+    times: how often; for ever where None. lasting: and for how many seconds from now on, where given.
     origin: strikes on this origin only.
     hits: how often it struck.
     """
@@ -43,9 +44,10 @@ class Fault:
     retry_after: int | None = None
     seconds: float = 0.2
     offset: int | None = None
-    until: float | None = None
+    lasting: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     hits: int = 0
+    since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -54,7 +56,7 @@ class Fault:
     def strikes(self, origin: str, method: str, path: str) -> bool:
         """Whether it is this request's turn."""
         spent = self.times is not None and self.hits >= self.times
-        over = self.until is not None and time.monotonic() > self.until
+        over = self.lasting is not None and time.monotonic() > self.since + self.lasting
         here = self.origin in (None, origin)
         return here and not spent and not over and fnmatchcase(f"{method} {path}", self.on)
 

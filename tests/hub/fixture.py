@@ -16,17 +16,18 @@ def running_hub() -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def hub(running_hub: LocalHub) -> LocalHub:
+def hub(running_hub: LocalHub) -> Iterator[LocalHub]:
     """An empty Hub with Xet."""
     running_hub.reset()
-    return running_hub
+    yield running_hub
+    assert running_hub.errors == [], "the Hub itself went wrong"
 
 
 @pytest.fixture
-def hub_without_xet(running_hub: LocalHub) -> LocalHub:
+def hub_without_xet(hub: LocalHub) -> LocalHub:
     """An empty Hub that does not know Xet, as a self-hosted one. It is the one of `hub`: a test takes either."""
-    running_hub.reset(xet=False)
-    return running_hub
+    hub.reset(xet=False)
+    return hub
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 """LocalHub: a Hub on two origins of the loopback, and the side door to seed, read and break it without a client."""
 
-import asyncio
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,9 @@ from tests.hub.accounts import OrgRole, TokenRole
 from tests.hub.api import hub as hub_routes
 from tests.hub.calls import Call
 from tests.hub.cdn import cdn as cdn_routes
-from tests.hub.connection import Connection
 from tests.hub.faults import Fault, FaultPlan, Kind
 from tests.hub.objects import readable
+from tests.hub.origins import Origins
 from tests.hub.repositories import Commit, Gated, Repository, apply
 from tests.hub.state import State, stamp
 from tests.hub.wire import Refusal, Request, Response, Routes, answer
@@ -28,23 +28,23 @@ CONTROL = "/__"
 Content = bytes | str | Path
 # What a developer's own environment says about the Hub, or about the way to it, is not for the tests.
 FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "XET_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-LONGEST_HEAD = 1 << 20
 
 
 class LocalHub:
-    """A Hub in a thread of its own, until `close`. Every method may be called from any thread."""
+    """A Hub that answers until `close`. Every method may be called from any thread.
+
+    `url` and `cdn_url` are its origins, `state` is all that it knows, `errors` has the traceback of each request at
+    which the Hub itself, not the client, went wrong.
+    """
 
     def __init__(self, *, xet: bool = True) -> None:
         self.lock = threading.RLock()
-        self.faults = FaultPlan()
+        self.plan = FaultPlan()
         self.log: list[Call] = []
+        self.errors: list[str] = []
         self.home = tempfile.TemporaryDirectory(prefix="local-hub-home-")
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="local-hub")
-        self.thread.start()
-        ports = self.in_loop(self.listen())
-        self.url, self.cdn_url = (f"http://127.0.0.1:{port}" for port in ports)
+        self.origins = Origins(tuple(ROUTES), self)
+        self.url, self.cdn_url = self.origins.urls
         self.state = State(self.url, self.cdn_url)
         self.state.reset(xet=xet)
 
@@ -56,70 +56,35 @@ class LocalHub:
     ) -> None:
         self.close()
 
-    # Up and down
-
-    def in_loop(self, work: Any) -> Any:
-        """The result of a coroutine that runs in the Hub's thread."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-    async def listen(self) -> list[int]:
-        """Opens both origins; their ports."""
-        self.servers = [
-            await asyncio.start_server(self.accept(origin), "127.0.0.1", 0, backlog=1024, limit=LONGEST_HEAD)
-            for origin in ROUTES
-        ]
-        return [server.sockets[0].getsockname()[1] for server in self.servers]
-
-    def accept(self, origin: str) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-        """What to do with a new connection to an origin."""
-
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connection = Connection(
-                (reader, writer),
-                find=lambda method, path: None if path.startswith(CONTROL) else self.faults.find(origin, method, path),
-                answer=lambda request: self.answer(origin, request),
-                note=lambda request, query: self.note(origin, request, query),
-            )
-            task = self.loop.create_task(connection.serve())
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-
-        return connected
-
-    async def hang_up(self) -> None:
-        """Ends every connection."""
-        tasks = tuple(self.tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def stop(self) -> None:
-        """Closes both origins and every connection."""
-        for server in self.servers:
-            server.close()
-        await self.hang_up()
-        for server in self.servers:
-            await server.wait_closed()
-
     def close(self) -> None:
-        """Ends the thread, and removes what lies on disk."""
-        self.in_loop(self.stop())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+        """Stops answering, and removes what lies on disk."""
+        self.origins.close()
         self.state.objects.close()
         self.state.xet_store.objects.close()
         self.home.cleanup()
 
     def reset(self, *, xet: bool = True) -> None:
         """An empty Hub at the same address, without faults or calls; connections are closed."""
-        self.in_loop(self.hang_up())
+        self.origins.hang_up()
         with self.lock:
             self.clear_faults()
             self.clear_calls()
+            self.errors.clear()
             self.state.reset(xet=xet)
 
     # Answering
+
+    def find(self, origin: str, method: str, path: str) -> Fault | None:
+        """The fault that strikes a request."""
+        return None if path.startswith(CONTROL) else self.plan.find(origin, method, path)
+
+    def note(self, origin: str, request: Request, query: str) -> Call:
+        """Notes a call."""
+        token = self.state.accounts.tokens.get(request.bearer or "")
+        call = Call(origin, request.method, request.path, query, token.user.name if token else None)
+        if not request.path.startswith(CONTROL):
+            self.log.append(call)
+        return call
 
     def answer(self, origin: str, request: Request) -> Response:
         """The answer of one origin."""
@@ -130,8 +95,9 @@ class LocalHub:
                 return ROUTES[origin](self.state, request)
             except Refusal as refusal:
                 return refusal.response()
-            except (KeyError, ValueError, TypeError) as error:
-                return answer({"error": f"Bad request: {error!r}"}, 400)
+            except Exception:
+                self.errors.append(f"{request.method} {request.path}\n{traceback.format_exc()}")
+                return answer({"error": self.errors[-1]}, 500)
 
     def control(self, request: Request) -> Response:
         """`POST /__faults` plans a fault (the fields of `Fault`), `DELETE` clears; `GET /__calls` is the log."""
@@ -141,14 +107,6 @@ class LocalHub:
             self.clear_faults()
             return answer({})
         return answer([asdict(call) for call in self.log])
-
-    def note(self, origin: str, request: Request, query: str) -> Call:
-        """Notes a call."""
-        token = self.state.accounts.tokens.get(request.bearer or "")
-        call = Call(origin, request.method, request.path, query, token.user.name if token else None)
-        if not request.path.startswith(CONTROL):
-            self.log.append(call)
-        return call
 
     # Seeding
 
@@ -272,11 +230,11 @@ class LocalHub:
 
     def fault(self, on: str, kind: Kind, **options: Any) -> Fault:
         """Plans a fault; see `Fault` for its fields. Its `hits` tell how often it struck."""
-        return self.faults.plan(on, kind, **options)
+        return self.plan.plan(on, kind, **options)
 
     def clear_faults(self) -> None:
         """Forgets every fault; a connection that stalls goes on stalling."""
-        self.faults.faults.clear()
+        self.plan.faults.clear()
 
     def calls(self, pattern: str = "*", *, origin: str | None = None, user: str | None = None) -> list[Call]:
         """The calls so far whose `METHOD path` fits: `GET /api/*`; in the order of their arrival."""

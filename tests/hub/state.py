@@ -2,7 +2,6 @@
 
 import secrets
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +19,7 @@ class State:
 
     def __init__(self, hub_url: str, cdn_url: str) -> None:
         self.hub_url, self.cdn_url = hub_url, cdn_url
-        self.xet_store = XetStore()  # outlives a reset: a client's own cache of shards remembers what it sent
+        self.xet_store = XetStore()
         self.objects = Objects()
         self.reset(xet=True)
 
@@ -31,6 +30,7 @@ class State:
         self.part_size = 5_000_000  # LFS uploads above it come in parts
         self.token_seconds = 3600  # for how long a Xet token lasts
         self.objects.close()
+        self.xet_store.forget_files()
         self.accounts = Accounts()
         self.repositories: dict[str, Repository] = {}
         self.collections: dict[str, dict[str, Any]] = {}
@@ -107,6 +107,14 @@ class State:
             raise Refusal(403, f"Forbidden: {role} cannot write to {repository.id}")
         return repository, token
 
+    def committable(self, request: Request) -> tuple[Repository, Token]:
+        """The repository of a request that may commit there: to a branch, by a pull request, or to its own one."""
+        repository, token = self.readable(request), self.token(request)
+        rev = request.args.get("rev", "")
+        pull = next((pull for pull in repository.discussions if f"refs/pr/{pull.num}" == rev), None)
+        mine = pull is not None and token is not None and pull.author == token.user.name
+        return self.writable(request, pull_request=mine or request.flag("create_pr"))
+
     def discussion(self, request: Request) -> tuple[Repository, Discussion]:
         """The discussion that a request names."""
         repository, num = self.readable(request), request.args["num"]
@@ -130,8 +138,3 @@ class State:
 def stamp(seconds: int) -> str:
     """A moment as the Hub writes it."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-
-def with_files(repository: Repository, files: Mapping[str, File]) -> dict[str, File]:
-    """The tree of main with `files` set."""
-    return {**repository.head.files, **files}

@@ -134,6 +134,12 @@ class XetStore:
         self.hashes: dict[str, str] = {}
         self.served: dict[str, ServedXorb] = {}
 
+    def forget_files(self) -> None:
+        """Forgets the files. The xorbs stay: a client's own cache of shards remembers what it has sent."""
+        self.files.clear()
+        self.hashes.clear()
+        self.served.clear()
+
     def put_xorb(self, xorb_hash: str, data: bytes) -> bool:
         """Stores a xorb; whether it is new."""
         new = xorb_hash not in self.xorbs
