@@ -9,7 +9,8 @@ import pytest
 from lora_merge import aggregate
 from lora_merge.errors import RefusedError, UsageError
 from tests.adapters import CONFIG, WEIGHTS, edited, rewrite_json
-from tests.checkpoint.hostile import CORPUS, Q0_A, Q0_B, one, with_entry
+from tests.checkpoint.hostile import CORPUS
+from tests.checkpoint.spoil import Q0_A, Q0_B, one, with_entry
 
 SECONDS = 5.0
 

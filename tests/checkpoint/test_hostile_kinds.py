@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_merge import aggregate
 from lora_merge.errors import RefusedError
 from tests.adapters import KINDS, WEIGHTS, edited
-from tests.checkpoint.hostile import Spoil, config
+from tests.checkpoint.spoil import Spoil, config
 from tests.conftest import Federations
 
 BY_NAME = {kind.name: kind for kind in KINDS}
