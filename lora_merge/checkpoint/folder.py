@@ -31,7 +31,7 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
     check_free(output, force=force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        work, lock = _work_folder(output)
+        work, lock = work_folder(output)
     except OSError as error:
         raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
     try:
@@ -54,8 +54,8 @@ def check_free(output: Path, *, force: bool = False) -> None:
         raise UsageError(f"{output} exists already.", hint="Choose another --output, or replace it with --force.")
 
 
-def _work_folder(output: Path) -> tuple[Path, int]:
-    """A new folder beside `output`, and the lock on it that is held while this run lives."""
+def work_folder(output: Path) -> tuple[Path, int]:
+    """A new folder beside `output`, and the descriptor of the lock on it, to be held while this run lives."""
     parent = os.open(output.parent, os.O_RDONLY)
     try:
         # Without the parent's lock another run could take the new folder for a leftover before it is locked.

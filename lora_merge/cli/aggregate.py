@@ -59,6 +59,12 @@ def aggregate(
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
+    lock: Annotated[
+        Path | None, typer.Option(help="Read repositories at the commits that this lock pins, and write it anew.")
+    ] = None,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Change nothing of the lock (of --lock, or --output's): else exit 8.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -94,6 +100,8 @@ def aggregate(
             certificate=cast("CertificateMode | None", certificate),
             workers=workers,
             force=force,
+            lock=lock,
+            locked=locked,
             max_wait=max_wait,
             tell=out.say,
             progress=out.progress,
@@ -133,15 +141,22 @@ def _pin(client: "ForecastClient") -> str:
 def _forecast_table(found: "Forecast") -> "Table":
     from rich.table import Table
 
-    table = Table("client", "source", "commit", "examples", "weight", "share", "bytes", "to download", box=None)
+    table = Table(box=None, pad_edge=False)
+    for name in ("client", "source", "commit", "examples", "weight", "share", "size", "to download"):
+        table.add_column(name)
     for each in found.clients:
         examples = "" if each.num_examples is None else str(each.num_examples)
-        row = [each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}"]
-        table.add_row(*map(plain, (*row, str(each.size), str(each.to_download))))
-    size, missing = sum(c.size for c in found.clients), sum(c.to_download for c in found.clients)
-    total = f"{len(found.clients)} clients"
-    table.add_row(total, f"memory: about {found.memory:,} bytes", "", "", "", "", str(size), str(missing))
+        row = (each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
+        table.add_row(*map(plain, row), _bytes(each.size), _bytes(each.to_download))
+    size, missing = (sum(numbers) for numbers in zip(*((c.size, c.to_download) for c in found.clients), strict=True))
+    table.add_row(f"{len(found.clients)} clients", *[""] * 5, _bytes(size), _bytes(missing))
+    table.add_row("memory", f"about {_bytes(found.memory)}")
     return table
+
+
+def _bytes(count: float) -> str:
+    power = next((power for power in range(4) if count < 1000 ** (power + 1)), 4)
+    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _rank(rank: str | None) -> Any:

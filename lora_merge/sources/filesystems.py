@@ -3,11 +3,15 @@
 Such places have no commits: what was listed must still be there when it is fetched, and the hashes are recorded.
 """
 
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.folder import work_folder
 from lora_merge.checkpoint.peft_folder import PICKLE_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused, describe
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry, header_bytes, read_header
 from lora_merge.errors import LoraMergeError, NetworkError, NotFoundError, StorageError, UsageError, one_line
@@ -16,12 +20,22 @@ from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEnt
 CHUNK = 1 << 20
 
 
-class FilesystemRoom:
-    """fsspec's file systems as places that adapters come from.
+@contextmanager
+def open_store() -> Iterator[Path]:
+    """A folder for what is fetched, removed at the end; what killed runs left is removed first."""
+    try:
+        store, lock = work_folder(Path(tempfile.gettempdir(), "lora-merge"))
+    except OSError as error:
+        raise StorageError(f"{tempfile.gettempdir()} cannot be written to: {error.strerror}.") from error
+    try:
+        yield store
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+        os.close(lock)
 
-    Attributes:
-        store: an existing folder of this run's, which files are fetched into; somebody else removes it.
-    """
+
+class FilesystemRoom:
+    """fsspec's file systems as places that adapters come from; `store` is an `open_store`."""
 
     def __init__(self, store: Path) -> None:
         self.store: Path | None = store

@@ -13,10 +13,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+from lora_merge import lock
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
-    LEDGER_NAME,
+    LOCK_NAME,
     PICKLE_NAME,
     READ_NAMES,
     WEIGHTS_NAME,
@@ -33,7 +34,7 @@ from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEnt
 from lora_merge.statement import FILE_NAME, MAX_BYTES
 
 HEADER_GUESS = 1 << 17  # bytes: the header of most adapters fits
-LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: 1 << 26}
+LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: 1 << 26, LOCK_NAME: lock.MAX_BYTES}
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(?P<repo>(?P<owner>[\w.-]+)/(?P<name>[\w.\-*?\[\]!]+))(@(?P<revision>[^\s@]+))?")
@@ -84,9 +85,10 @@ class HubRoom:
         """
         files = self._files(ref)
         too_large = [
-            FileRefused(name, f"has {files[name].size} bytes; at most {limit} are accepted")
-            for name, limit in LIMITS.items()
-            if name in files and files[name].size > limit
+            FileRefused(name, f"has {file.size} bytes; at most {limit} are accepted")
+            for name, file in files.items()
+            if name not in (WEIGHTS_NAME, PICKLE_NAME)
+            if file.size > (limit := LIMITS.get(name, MAX_RECORD_BYTES))
         ]
         if too_large:
             raise FolderRefused(too_large)

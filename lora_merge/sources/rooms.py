@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_merge.errors import NetworkError, StorageError, UsageError, one_line
-from lora_merge.sources.filesystems import FilesystemRoom
+from lora_merge.sources.filesystems import FilesystemRoom, open_store
 from lora_merge.sources.local import LocalRoom, is_folder, names_of
 from lora_merge.sources.parallel import for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
@@ -121,8 +120,7 @@ class Rooms:
 
     @cached_property
     def _filesystem(self) -> Room:
-        scratch = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-merge-"))
-        return FilesystemRoom(Path(scratch))
+        return FilesystemRoom(self._stack.enter_context(open_store()))
 
     @cached_property
     def _hub(self) -> Room:

@@ -1,0 +1,160 @@
+"""Each request of a pull x each fault: the right bytes, or a documented exit code in a sentence, and in time.
+
+All of it: `python -m tests.sources.matrix`, which prints its count. The test takes a sample.
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import digests
+from tests.hub.client import Client
+from tests.hub.server import LocalHub
+from tests.sources.federation import Puller, publish
+
+CLIENTS = 2
+TIMEOUT, MAX_WAIT, DEADLINE = 1.0, 2.0, 40.0  # seconds: of a read, of all waits of a call, of the command
+
+REQUESTS = {
+    "listing": "GET /api/models",
+    "info": "GET /api/models/org/client-1/revision/*",
+    "config": "GET /org/client-1/resolve/*/adapter_config.json",
+    "statement": "GET /org/client-1/resolve/*/lora_merge.json",
+    "weights": "GET /org/client-1/resolve/*/adapter_model.safetensors",
+    "metadata": "HEAD /org/client-1/resolve/*",
+    "bytes": "GET /lfs/*",
+    "xet token": "GET */xet-read-token/*",
+    "xet reconstruction": "GET /v1/reconstructions/*",
+    "xet bytes": "GET /xorbs/*",
+}
+FAULTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "503": ("status", {}),
+    "500": ("status", {"status": 500}),
+    "404": ("status", {"status": 404}),
+    "403": ("status", {"status": 403}),
+    "429, wait 1 s": ("status", {"status": 429, "retry_after": 1}),
+    "429, wait an hour": ("status", {"status": 429, "retry_after": 3600}),
+    "HTML": ("html", {}),
+    "reset": ("reset", {}),
+    "stall": ("stall", {}),
+    "delay": ("delay", {"seconds": 0.5}),
+    "lost": ("lost", {}),
+    "truncate": ("truncate", {}),
+    "short": ("short", {}),
+    "flip": ("flip", {}),
+}
+# What goes away by itself must be survived; a page of HTML, a refusal or an hour's wait need not be.
+SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "reset", "stall", "delay", "lost", "truncate", "flip"}
+# Two parts of an answer have no hash and no length that is known: they are believed, or refused.
+BELIEVED = {("listing", "flip"), ("info", "flip")}
+CODES = {3, 4, 5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault at one request, once or for ever, with Xet or without."""
+
+    request: str
+    fault: str
+    times: int | None
+    xet: bool
+
+    def __str__(self) -> str:
+        return f"{self.request}, {self.fault}, {'once' if self.times else 'for ever'}, {'Xet' if self.xet else 'LFS'}"
+
+
+@dataclass
+class Bench:
+    """A Hub with two clients, a process with Xet and one without, and what they make when nothing goes wrong."""
+
+    hub: LocalHub
+    pullers: Mapping[bool, Puller]
+    expected: dict[str, str] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        self.hub.reset()
+        publish(self.hub, CLIENTS)
+        self.expected = {}
+
+    def run(self, case: Case) -> str:
+        """How the case ended; raises `AssertionError` where it must not end so."""
+        puller = self.pullers[case.xet]
+        if not self.expected:
+            assert self.pull(puller)[0] == 0
+            self.expected = digests(puller.folder / "global")
+        kind, options = FAULTS[case.fault]
+        self.hub.clear_faults()
+        fault = self.hub.fault(REQUESTS[case.request], kind, times=case.times, **options)  # type: ignore[arg-type]
+        began = time.monotonic()
+        code, err = self.pull(puller)
+        took = time.monotonic() - began
+        self.hub.clear_faults()
+        assert took < DEADLINE, f"{case}: {took:.0f} s"
+        if not fault.hits:
+            return "not asked for"
+        assert "Traceback" not in err, f"{case}: {err}"
+        assert not [path for path in puller.cached if path.name.endswith(".incomplete")], case
+        if code == 0:
+            assert digests(puller.folder / "global") == self.expected, f"{case}: other bytes"
+            return "the right bytes"
+        assert code in CODES, f"{case}: exit {code}: {err}"
+        assert err.startswith("error: "), f"{case}: {err}"
+        assert not (puller.folder / "global").exists(), case
+        survived = case.times and case.fault in SURVIVED_ONCE and (case.request, case.fault) not in BELIEVED
+        assert not survived, f"{case}: exit {code}: {err}"
+        return f"exit {code}"
+
+    def pull(self, puller: Puller) -> tuple[int, str]:
+        shutil.rmtree(puller.home / "hub", ignore_errors=True)
+        shutil.rmtree(puller.home / "xet", ignore_errors=True)
+        shutil.rmtree(puller.folder / "global", ignore_errors=True)
+        ran = puller("org/client-*", "-o", "global", "--max-wait", str(MAX_WAIT), timeout=TIMEOUT)
+        errors = [line for line in ran.err.splitlines() if not line.startswith("warning: ")]
+        return ran.code, "\n".join(line for line in errors if "trying again" not in line)
+
+
+def cases() -> list[Case]:
+    """The whole matrix."""
+    return [Case(*each) for each in product(REQUESTS, FAULTS, (1, None), (True, False))]
+
+
+def bench() -> Iterator[Bench]:
+    """A bench of its own, for the full run."""
+    with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
+        pullers = {}
+        for xet in (True, False):
+            home, work = Path(folder, f"home-{xet}"), Path(folder, f"work-{xet}")
+            work.mkdir()
+            pullers[xet] = Puller(Client(hub.env(cache=home, xet=xet)), home, work)
+        made = Bench(hub, pullers)
+        made.prepare()
+        yield made
+        for puller in pullers.values():
+            puller.client.close()
+
+
+def main() -> None:
+    ended: Counter[str] = Counter()
+    failed = 0
+    for made in bench():
+        for case in cases():
+            began = time.monotonic()
+            try:
+                how = made.run(case)
+            except AssertionError as error:
+                failed, how = failed + 1, f"FAILED: {error}"
+            ended[how if not how.startswith("FAILED") else "FAILED"] += 1
+            print(f"{time.monotonic() - began:5.1f} s  {case}: {how}", flush=True)
+    print(f"{ended.total()} cases, {failed} failed: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
