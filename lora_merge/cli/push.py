@@ -72,7 +72,7 @@ def publish(
     max_wait: float = MAX_WAIT,
 ) -> "Pushed":
     """Push, with bars on a terminal only, and say what was left out."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented there
 
     from lora_merge.publish.push import push as run
 

@@ -17,7 +17,18 @@ from lora_merge.hub.client import Tell, endpoint
 from lora_merge.hub.failures import asking
 from lora_merge.publish.files import CARD_NAME, PublishedFile
 from lora_merge.publish.persistence import persist
-from lora_merge.publish.repository import Head, Target, create, differences, head_of, holds, require_visibility, tree
+from lora_merge.publish.repository import (
+    Content,
+    Head,
+    Target,
+    create,
+    differences,
+    head_of,
+    holds,
+    require_kind,
+    require_visibility,
+    tree,
+)
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,13 @@ class Published:
 def publish(
     api: HfApi,
     target: Target,
-    files: Sequence[PublishedFile],
+    content: Content,
     *,
     message: str,
     max_wait: float,
     tell: Tell = lambda line: None,
 ) -> Published:
-    """Bring `target` to hold exactly these of the allow-listed files, by one commit; its other files are left alone.
+    """Bring `target` to hold `content`, by one commit; files of other names are left alone.
 
     Where the Hub fails, the published tree decides: every file's hash there is published; a head that has not moved is
     tried again for `max_wait` seconds; anything else is a conflict, and nothing is forced.
@@ -67,15 +78,17 @@ def publish(
     """
     head = head_of(api, target) or create(api, target, max_wait, tell)
     require_visibility(head, target)
-    changed, removed = differences(tree(api, target.repo, head.commit), files)
+    there = tree(api, target.repo, head.commit)
+    require_kind(there, content, target.repo)
+    changed, removed = differences(there, content)
     if not changed and not removed:
         return Published(target.repo, head.commit, head.private)
-    if target.create_pr and (proposed := _proposal(api, target, files)):
+    if target.create_pr and (proposed := _proposal(api, target, content)):
         return Published(target.repo, proposed[0], head.private, pull_request=proposed[1])
-    done = _commit(api, target, head, changed, removed, message=message, files=files, max_wait=max_wait, tell=tell)
+    done = _commit(api, target, head, changed, removed, message=message, content=content, max_wait=max_wait, tell=tell)
     names = tuple(file.name for file in changed)
     published = Published(target.repo, done.commit, head.private, names, removed, done.pull_request, done.superseded)
-    _verify(api, published, files)
+    _verify(api, published, content)
     return published
 
 
@@ -94,7 +107,7 @@ def _commit(
     removed: Sequence[str],
     *,
     message: str,
-    files: Sequence[PublishedFile],
+    content: Content,
     max_wait: float,
     tell: Tell,
 ) -> _Done:
@@ -125,19 +138,19 @@ def _commit(
 
     def landed() -> _Done | None:
         if target.create_pr:
-            proposed = _proposal(api, target, files)
+            proposed = _proposal(api, target, content)
             return _Done(*proposed) if proposed else None
-        return _landed(api, target, head, files)
+        return _landed(api, target, head, content)
 
     return persist(attempt, landed, max_wait=max_wait, tell=tell)
 
 
-def _landed(api: HfApi, target: Target, head: Head, files: Sequence[PublishedFile]) -> _Done | None:
+def _landed(api: HfApi, target: Target, head: Head, content: Content) -> _Done | None:
     """The commit that holds what was sent, though its answer was lost; None where nothing has happened yet."""
     now = head_of(api, target)
     if now is None:
         raise NotFoundError(f"{target.repo} has been deleted.")
-    if holds(api, target.repo, now.commit, files):
+    if holds(api, target.repo, now.commit, content):
         return _Done(now.commit)
     if now.commit == head.commit:
         return None
@@ -145,7 +158,7 @@ def _landed(api: HfApi, target: Target, head: Head, files: Sequence[PublishedFil
         history = [entry.commit_id for entry in api.list_repo_commits(target.repo, revision=now.commit)]
     # The first commit after the head that we saw may be ours, and what is there now a later one.
     after = history[: history.index(head.commit)] if head.commit in history else []
-    if after and holds(api, target.repo, after[-1], files):
+    if after and holds(api, target.repo, after[-1], content):
         return _Done(after[-1], superseded=True)
     raise ConflictError(
         f"{target.repo} ({target.revision}) was changed by somebody else in the meantime: "
@@ -154,12 +167,12 @@ def _landed(api: HfApi, target: Target, head: Head, files: Sequence[PublishedFil
     )
 
 
-def _proposal(api: HfApi, target: Target, files: Sequence[PublishedFile]) -> tuple[str, str] | None:
+def _proposal(api: HfApi, target: Target, content: Content) -> tuple[str, str] | None:
     """The newest pull request, where it is open and holds just these files: its commit and its address."""
     with asking(target.repo):
         refs = api.list_repo_refs(target.repo, include_pull_requests=True).pull_requests or []
         newest = max(refs, key=lambda ref: int(ref.ref.rpartition("/")[2]), default=None)
-        if newest is None or not holds(api, target.repo, newest.target_commit, files):
+        if newest is None or not holds(api, target.repo, newest.target_commit, content):
             return None
         number = int(newest.ref.rpartition("/")[2])
         if api.get_discussion_details(target.repo, number).status not in ("open", "draft"):
@@ -167,8 +180,8 @@ def _proposal(api: HfApi, target: Target, files: Sequence[PublishedFile]) -> tup
         return newest.target_commit, f"{endpoint()}/{target.repo}/discussions/{number}"
 
 
-def _verify(api: HfApi, published: Published, files: Sequence[PublishedFile]) -> None:
-    changed, removed = differences(tree(api, published.repo, published.commit), files)
+def _verify(api: HfApi, published: Published, content: Content) -> None:
+    changed, removed = differences(tree(api, published.repo, published.commit), content)
     if wrong := [*(file.name for file in changed), *removed]:
         raise VerificationError(
             f"{published.repo} at {published.commit} does not hold what was sent: {', '.join(wrong)}.",

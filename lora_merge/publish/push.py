@@ -13,7 +13,7 @@ from lora_merge.hub.client import Tell, hub_session
 from lora_merge.hub.failures import write_token
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.prepare import prepare
-from lora_merge.publish.repository import REPOSITORY, Target
+from lora_merge.publish.repository import REPOSITORY, Content, Target
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def push(
     """
     require_repository_name(target.repo)
     with hub_session(max_wait, tell) as api:
-        _require_access(api, target)
+        require_access_with(api, target)
         prepared = prepare(folder, target.repo, evaluation=evaluation, own=_own_secrets())
         published = publish(
             api,
             target,
-            prepared.files,
+            Content(prepared.files),
             message=message or f"Publish with lora-merge {__version__}",
             max_wait=max_wait,
             tell=tell,
@@ -73,7 +73,7 @@ def require_access(target: Target, *, max_wait: float, tell: Tell) -> None:
     """
     require_repository_name(target.repo)
     with hub_session(max_wait, tell) as api:
-        _require_access(api, target)
+        require_access_with(api, target)
 
 
 def require_repository_name(repo: str) -> None:
@@ -82,7 +82,8 @@ def require_repository_name(repo: str) -> None:
         raise UsageError(f"{repo} is not a repository's name: ORG/NAME of letters, digits, '.', '_' and '-'.")
 
 
-def _require_access(api: HfApi, target: Target) -> None:
+def require_access_with(api: HfApi, target: Target) -> None:
+    """`require_access`, in a session that is open."""
     if not target.create_pr:
         require_write(api, target.repo)
     elif (account := whoami(api)).role == "read":  # anybody may propose, but not by a token that only reads

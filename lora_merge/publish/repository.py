@@ -38,6 +38,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a repository is to hold.
+
+    Attributes:
+        files: the files.
+        kind: of its records, by name: one that is there and not among `files` is of something else, and is removed.
+        rivals: files that only lie in a repository of another kind, where this one has no business.
+    """
+
+    files: Sequence[PublishedFile]
+    kind: Sequence[str] = ALLOWED
+    rivals: Sequence[str] = ("lora_start.json",)
+
+
+@dataclass(frozen=True)
 class Head:
     """What a branch was when it was looked at."""
 
@@ -74,6 +89,7 @@ def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
 
 
 def require_visibility(head: Head, target: Target) -> None:
+    """Raise `UsageError` where the repository is not what was asked for: it is not changed here."""
     if target.private is not None and target.private != head.private:
         now = "private" if head.private else "public"
         raise UsageError(
@@ -83,15 +99,22 @@ def require_visibility(head: Head, target: Target) -> None:
 
 
 def tree(api: HfApi, repo: str, commit: str) -> dict[str, Any]:
+    """The files at the top of a commit, by name."""
     with asking(repo):
         return {entry.path: entry for entry in api.list_repo_tree(repo, revision=commit) if hasattr(entry, "blob_id")}
 
 
-def differences(tree: Mapping[str, Any], files: Sequence[PublishedFile]) -> tuple[list[PublishedFile], tuple[str, ...]]:
-    """The files that the tree lacks or has otherwise; and the records in it that are of another adapter than this."""
-    names = {file.name for file in files}
-    changed = [file for file in files if file.name not in tree or not _is_same(file, tree[file.name])]
-    return changed, tuple(name for name in ALLOWED if name in tree and name not in names)
+def differences(tree: Mapping[str, Any], content: Content) -> tuple[list[PublishedFile], tuple[str, ...]]:
+    """The files that the tree lacks or has otherwise; and the records in it that are of something else than this."""
+    names = {file.name for file in content.files}
+    changed = [file for file in content.files if file.name not in tree or not _is_same(file, tree[file.name])]
+    return changed, tuple(name for name in content.kind if name in tree and name not in names)
+
+
+def require_kind(tree: Mapping[str, Any], content: Content, repo: str) -> None:
+    """Raise `UsageError` where the repository is of another kind: a federation's is no place for an adapter."""
+    if there := [name for name in content.rivals if name in tree]:
+        raise UsageError(f"{repo} holds {there[0]}, so it is a repository of another kind.", hint="Name another one.")
 
 
 def _is_same(file: PublishedFile, entry: Any) -> bool:
@@ -100,6 +123,7 @@ def _is_same(file: PublishedFile, entry: Any) -> bool:
     return bool(entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == file.git_oid)
 
 
-def holds(api: HfApi, repo: str, commit: str, files: Sequence[PublishedFile]) -> bool:
-    changed, removed = differences(tree(api, repo, commit), files)
+def holds(api: HfApi, repo: str, commit: str, content: Content) -> bool:
+    """Whether a commit holds just this."""
+    changed, removed = differences(tree(api, repo, commit), content)
     return not changed and not removed

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from lora_merge.statement import BaseModel
 
 # The files that a tokenizer and a model are made of; weights in pickles are never fetched.
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-_INDEX = "model.safetensors.index.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def weight_files(folder: Path) -> list[Path]:
         UsageError: there are none, or some are missing.
     """
     names = {"model.safetensors"}
-    if (folder / _INDEX).is_file():
-        names = _indexed(folder / _INDEX)
+    if (folder / INDEX_NAME).is_file():
+        names = indexed(folder / INDEX_NAME)
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise UsageError(f"{folder}: the weights lack {', '.join(missing)[:200]}; only safetensors are read.")
     return [folder / name for name in sorted(names)]
 
 
-def _indexed(index: Path) -> set[str]:
+def indexed(index: Path) -> set[str]:
+    """The weight files that an index names; raises `UsageError` where it is none."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,10 +82,16 @@ def weights_sha256(folder: Path) -> str:
 
     The files are those of `weight_files`, so a folder and the Hub's repository agree whatever else they hold.
     """
-    lines = []
+    hashes = {}
     for path in weight_files(folder):
         with path.open("rb") as file:
-            lines.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n")
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return weights_digest(hashes)
+
+
+def weights_digest(hashes: Mapping[str, str]) -> str:
+    """What `weights_sha256` says of files with these sha256, by name."""
+    lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -94,11 +101,7 @@ def check_base(base: FoundBase, recipe: Recipe) -> None:
     Raises:
         UsageError: the model is of no known kind, reads fewer tokens, or lacks target modules.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with _readable(base), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(base), trust_remote_code=False)
+    model = skeleton(base)
     most = getattr(model.config, "max_position_embeddings", None) or recipe.max_length
     if recipe.max_length > most:
         raise UsageError(f"max_length {recipe.max_length}: {base.repo} reads at most {most} tokens.")
@@ -111,6 +114,15 @@ def check_base(base: FoundBase, recipe: Recipe) -> None:
             f"target_modules {', '.join(missing)}: {base.repo} has no such module.",
             hint=f"It has {', '.join(leaves)}; or use {ALL_LINEAR}.",
         )
+
+
+def skeleton(base: FoundBase) -> Any:
+    """The base model without weights: its modules and their shapes, on the device `meta`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _readable(base), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(base), trust_remote_code=False)
 
 
 def load_tokenizer(base: FoundBase) -> Any:
@@ -161,9 +173,16 @@ def _readable(base: FoundBase) -> Iterator[None]:
 
 def add_lora(model: Any, recipe: Recipe) -> Any:
     """The model with the recipe's LoRA on it, in fp32, started from the shared seed."""
-    from peft import LoraConfig, get_peft_model
-
     from lora_merge.training.lora_start import start_from_seed
+
+    model = unstarted_lora(model, recipe)
+    start_from_seed(model, recipe.seed_lora_A)
+    return model
+
+
+def unstarted_lora(model: Any, recipe: Recipe) -> Any:
+    """The model, which may be a skeleton, with the recipe's LoRA on it as PEFT starts it."""
+    from peft import LoraConfig, get_peft_model
 
     targets = recipe.target_modules
     config = LoraConfig(
@@ -173,9 +192,7 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
         lora_dropout=recipe.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    model = get_peft_model(model, config)
-    start_from_seed(model, recipe.seed_lora_A)
-    return model
+    return get_peft_model(model, config)
 
 
 def _snapshot(recipe: Recipe, tell: Callable[[str], None]) -> Path:

@@ -1,0 +1,103 @@
+"""`init`: a federation is founded by publishing what all its clients will share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from lora_merge.errors import UsageError
+from lora_merge.federation.contract import FILES, Start, contract_files
+from lora_merge.hub.client import Tell, hub_session
+from lora_merge.hub.failures import asking
+from lora_merge.publish.commit import Published, publish
+from lora_merge.publish.files import RecordFile
+from lora_merge.publish.push import require_access_with, require_repository_name
+from lora_merge.publish.repository import Content, Target
+from lora_merge.recipe import LoadedRecipe, Recipe, folder, load
+from lora_merge.training.base_model import (
+    INDEX_NAME,
+    FoundBase,
+    check_base,
+    find_base,
+    indexed,
+    skeleton,
+    unstarted_lora,
+    weights_digest,
+    weights_sha256,
+)
+from lora_merge.training.lora_start import seeded_start
+
+
+@dataclass(frozen=True)
+class Founded:
+    """A federation that is published: its recipe as clients will run it, its start, the commit."""
+
+    recipe: Recipe
+    start: Start
+    published: Published
+
+
+def found(
+    target: Target, recipe: str, overrides: Sequence[str], *, base: Path | None, max_wait: float, tell: Tell
+) -> Founded:
+    """Publish a recipe's settings and its start of lora_A as the federation `target`.
+
+    The base model's commit is pinned, and the hash of its weights stated, from the Hub's listing; where `base` is
+    given, from that folder, and nothing is asked of the Hub about it. No weights are loaded: shapes are enough.
+
+    Raises:
+        UsageError: the recipe names a script that is not shipped, or there is another thing in that repository.
+        And what `push` raises.
+    """
+    require_repository_name(target.repo)
+    loaded = load(recipe, overrides)
+    _require_shipped(loaded)
+    with hub_session(max_wait, tell) as api:
+        require_access_with(api, target)
+        settled, there, weights = _base(api, loaded.recipe, base)
+        start = _start(settled, there, weights)
+        files = [RecordFile(name, content) for name, content in contract_files(target.repo, settled, start).items()]
+        published = publish(
+            api,
+            target,
+            Content(files, kind=FILES, rivals=("adapter_config.json", "adapter_model.safetensors")),
+            message=f"The federation's recipe: {settled.name}",
+            max_wait=max_wait,
+            tell=tell,
+        )
+    return Founded(settled, start, published)
+
+
+def _require_shipped(loaded: LoadedRecipe) -> None:
+    """Clients run the script of the recipe as their own version ships it, so it must be one of those."""
+    if not (folder() / loaded.recipe.script).is_file():
+        shipped = ", ".join(sorted(path.name for path in folder().glob("*.py")))
+        raise UsageError(
+            f"script {loaded.recipe.script}: a federation shares settings only, for a script that is shipped.",
+            hint=f"There is {shipped}. A script of your own is handed on as a file, with its recipe.",
+        )
+
+
+def _base(api: HfApi, recipe: Recipe, base: Path | None) -> tuple[Recipe, FoundBase, str | None]:
+    """The recipe with the base's commit pinned, a folder with the base's config, and the hash of its weights."""
+    if base is not None:
+        found = find_base(recipe, base, lambda line: None)
+        return recipe, found, weights_sha256(found.folder)
+    with asking(recipe.base_model):
+        info = api.model_info(recipe.base_model, revision=recipe.base_commit, files_metadata=True)
+        commit = str(info.sha)
+        config = Path(api.hf_hub_download(recipe.base_model, "config.json", revision=commit))
+        hashes = {each.rfilename: each.lfs.sha256 for each in info.siblings or [] if each.lfs}
+        names = {"model.safetensors"}
+        if any(each.rfilename == INDEX_NAME for each in info.siblings or []):
+            names = indexed(Path(api.hf_hub_download(recipe.base_model, INDEX_NAME, revision=commit)))
+    weights = weights_digest({name: hashes[name] for name in names}) if names <= hashes.keys() else None
+    return replace(recipe, base_commit=commit), FoundBase(recipe.base_model, config.parent, commit), weights
+
+
+def _start(recipe: Recipe, base: FoundBase, weights: str | None) -> Start:
+    check_base(base, recipe)
+    model = unstarted_lora(skeleton(base), recipe)
+    hashes = seeded_start(model, recipe.seed_lora_A)
+    return Start(recipe.base_model, recipe.base_commit, weights, recipe.seed_lora_A, hashes)
