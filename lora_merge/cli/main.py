@@ -10,7 +10,9 @@ from lora_merge import __version__
 from lora_merge.cli.aggregate import aggregate
 from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
+from lora_merge.cli.init import init
 from lora_merge.cli.output import SCHEMA_VERSION, Output
+from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults
 from lora_merge.cli.train import train
@@ -45,6 +47,8 @@ app.command()(train)
 app.command()(aggregate)
 app.command()(evaluate)
 app.command()(export)
+app.command()(init)
+app.command()(push)
 app.add_typer(recipes_app, name="recipes")
 
 
