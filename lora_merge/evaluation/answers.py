@@ -1,6 +1,8 @@
 """What a model makes of held-out rows: how likely it finds their answers, and what it answers itself."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,25 +17,35 @@ def answer_tokens(examples: Sequence[Encoded]) -> Tensor:
     return torch.tensor([sum(label != IGNORED for label in example.labels[1:]) for example in examples])
 
 
-@torch.inference_mode()
 def answer_nll(
-    model: Any, examples: Sequence[Encoded], *, batch_size: int, pad_token_id: int, advance: Callable[[int], None]
+    model: Any,
+    examples: Sequence[Encoded],
+    *,
+    threads: ThreadPoolExecutor,
+    batch_size: int,
+    pad_token_id: int,
+    advance: Callable[[int], None],
 ) -> Tensor:
     """(n) fp64: the negative log-likelihood of each example's answer, summed over its tokens, in nats.
 
     Args:
+        threads: each computes whole batches, single-threaded, so the numbers do not depend on how many there are.
         batch_size: examples in one forward pass; those of like length go together.
         advance: is told the number of examples after each pass.
     """
-    nll = torch.zeros(len(examples), dtype=torch.float64)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
-        nll[rows] = _batch_nll(model, [examples[row] for row in rows], pad_token_id)
-        advance(len(rows))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    futures = [
+        threads.submit(_batch_nll, model, [examples[index] for index in batch], pad_token_id) for batch in batches
+    ]
+    nll = torch.zeros(len(examples), dtype=torch.float64)
+    for batch, future in zip(batches, futures, strict=True):
+        nll[batch] = future.result()
+        advance(len(batch))
     return nll
 
 
+@torch.inference_mode()
 def _batch_nll(model: Any, examples: Sequence[Encoded], pad_token_id: int) -> Tensor:
     longest = max(len(example.input_ids) for example in examples)
     ids = torch.full((len(examples), longest), pad_token_id)
@@ -44,12 +56,20 @@ def _batch_nll(model: Any, examples: Sequence[Encoded], pad_token_id: int) -> Te
         ids[index, :length] = torch.tensor(example.input_ids)
         labels[index, :length] = torch.tensor(example.labels)
         mask[index, :length] = 1
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits  # (rows, longest, V)
     row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # the logits at a place predict the token after it
-    losses = functional.cross_entropy(
-        logits[row, place].float(), labels[row, place + 1].to(logits.device), reduction="none"
-    )
+    first = int(place.min())
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if _can_skip_logits(model):  # of the prompts: a fifth of the work of a small model, most of the memory of any
+        logits = model(**inputs, logits_to_keep=longest - first).logits  # (rows, longest - first, V)
+    else:
+        logits = model(**inputs).logits[:, first:]
+    target = labels[row, place + 1].to(logits.device)
+    losses = functional.cross_entropy(logits[row, place - first].float(), target, reduction="none")
     return torch.zeros(len(examples), dtype=torch.float64).index_add(0, row, losses.double().cpu())
+
+
+def _can_skip_logits(model: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The corridor of `evaluate`: rows, base, adapters one by one, then losses, gains and answers of all of them."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import UsageError
 from lora_merge.evaluation.answers import answer_nll, answer_tokens, greedy_answer
@@ -110,20 +112,14 @@ def compare(
 
     names, kinds = ("base", *_names(adapters)), ("base", *map(_kind, question.adapters))
     nll, answers = [], []
-    for name, adapter in zip(names, (None, *adapters), strict=True):
-        model = attach(base, adapter) if adapter else base
-        with progress(name, len(examples)) as advance:
-            nll.append(
-                answer_nll(
-                    model,
-                    examples,
-                    batch_size=question.batch_size,
-                    pad_token_id=tokenizer.pad_token_id,
-                    advance=advance,
-                )
-            )
-        answers.append([_answer(model, tokenizer, prompt, form, question) for prompt in question.prompts])
-        tell(f"{name}: loss {nll[-1].sum() / answer_tokens(examples).sum():.3f}")
+    with pool(None if device.type == "cpu" else 1) as threads:
+        for name, adapter in zip(names, (None, *adapters), strict=True):
+            model = attach(base, adapter) if adapter else base
+            with progress(name, len(examples)) as advance:
+                nll.append(_nll(model, examples, tokenizer, threads, question.batch_size, advance))
+            said = [threads.submit(_answer, model, tokenizer, prompt, form, question) for prompt in question.prompts]
+            answers.append([answer.result() for answer in said])
+            tell(f"{name}: loss {nll[-1].sum() / answer_tokens(examples).sum():.3f}")
     losses = bootstrap(torch.stack(nll), answer_tokens(examples), question.seed)
     return Comparison(
         scores=tuple(scores_of(names, kinds, losses)),
@@ -191,6 +187,18 @@ def _names(adapters: Sequence[PeftFolder]) -> list[str]:
     return [
         name if names.count(name) == 1 else str(adapter.folder) for name, adapter in zip(names, adapters, strict=True)
     ]
+
+
+def _nll(
+    model: Any,
+    examples: Sequence[Encoded],
+    tokenizer: Any,
+    threads: ThreadPoolExecutor,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> torch.Tensor:
+    pad = tokenizer.pad_token_id
+    return answer_nll(model, examples, threads=threads, batch_size=batch_size, pad_token_id=pad, advance=advance)
 
 
 def _answer(model: Any, tokenizer: Any, prompt: str, form: str, question: Question) -> str:

@@ -113,11 +113,11 @@ def attach(base: Any, adapter: PeftFolder) -> Any:
     named = list(base.named_parameters(remove_duplicate=False))
     written = {id(parameter) for name, parameter in named if name in whole or parameter.ndim < 2}
     memo = {id(parameter): parameter for _, parameter in named if id(parameter) not in written}
-    return attach_in_place(copy.deepcopy(base, memo), adapter)
+    return attach_in_place(copy.deepcopy(base, memo), adapter).get_base_model()
 
 
 def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
-    """`model` itself with the adapter on it, every tensor of the adapter in its place.
+    """`model` itself with the adapter on it, in PEFT's wrapper; every tensor of the adapter is in its place.
 
     Raises:
         RefusedError: the adapter does not fit the model, or holds NaN or infinity.

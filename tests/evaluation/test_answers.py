@@ -1,11 +1,14 @@
 """The loss is the model's own on the answer tokens, however the rows are batched; answers are the likeliest tokens."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from lora_merge.aggregation.schedule import pool
 from lora_merge.evaluation.answers import answer_nll, answer_tokens, greedy_answer
 from lora_merge.training.data import IGNORED, Encoded
 from tests.training.conftest import byte_tokenizer
@@ -24,8 +27,9 @@ def model(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
-def nll(model: Any, batch_size: int) -> torch.Tensor:
-    return answer_nll(model, EXAMPLES, batch_size=batch_size, pad_token_id=0, advance=lambda rows: None)
+def nll(model: Any, batch_size: int, workers: int = 1, advance: Callable[[int], None] = lambda rows: None) -> Tensor:
+    with pool(workers) as threads:
+        return answer_nll(model, EXAMPLES, threads=threads, batch_size=batch_size, pad_token_id=0, advance=advance)
 
 
 def test_the_loss_is_the_models_own_loss_on_the_answer(model: Any) -> None:
@@ -43,9 +47,23 @@ def test_padding_and_batching_change_nothing(model: Any) -> None:
         assert torch.allclose(nll(model, batch_size), alone, atol=1e-5)
 
 
+def test_a_model_that_cannot_leave_logits_out_is_measured_alike(model: Any) -> None:
+    class Whole(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return model(input_ids=input_ids, attention_mask=attention_mask)
+
+    assert torch.allclose(nll(Whole(), 2), nll(model, 2), atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_bit(model: Any) -> None:
+    assert torch.equal(nll(model, 1, workers=3), nll(model, 1, workers=1))
+
+
 def test_progress_counts_every_example_once(model: Any) -> None:
     seen: list[int] = []
-    answer_nll(model, EXAMPLES, batch_size=2, pad_token_id=0, advance=seen.append)
+    nll(model, 2, advance=seen.append)
     assert seen == [2, 1]
 
 

@@ -48,7 +48,7 @@ def test_adapters_leave_nothing_behind_in_the_base(kind: Kind, federations: Fede
 
 def test_the_matrices_of_the_base_are_shared_not_copied(tmp_path: Path) -> None:
     model = models.llama()
-    attached = attach(model, open_adapter(client_of_llama(tmp_path))).get_base_model()
+    attached = attach(model, open_adapter(client_of_llama(tmp_path)))
     layer, original = attached.model.layers[0], model.model.layers[0]
     assert layer.mlp.up_proj.weight is original.mlp.up_proj.weight
     assert layer.self_attn.q_proj.base_layer.weight is original.self_attn.q_proj.weight

@@ -1,0 +1,147 @@
+"""`lora-merge demo`: the whole loop on this machine, as the commands that anybody could type."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+
+from lora_merge.cli.evaluate import drawn
+from lora_merge.cli.output import DebugOption, JsonOption, Output, plain
+
+if TYPE_CHECKING:
+    from lora_merge.demo.steps import Plan
+
+SETTINGS = "demo.json"
+# What --force removes; the base model stays, for it depends on no option.
+MADE = ("data", "clients", "global", "logs", "evaluation.json", "commands.sh", SETTINGS)
+
+
+class Part(StrEnum):
+    """What `--only` makes."""
+
+    data = "data"
+    model = "model"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Everything goes into this folder, and stays.")] = Path(
+        "lora-merge-demo"
+    ),
+    base: Annotated[
+        Path | None, typer.Option(help="A base model's folder.  [default: SmolLM2-135M-Instruct, made here]")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=2, max=4, help="Organisations; each has an area of its own.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each client, of 8 rows.")] = 9,
+    only: Annotated[Part | None, typer.Option(help="Make one part, and stop.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start anew; the base model is kept.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune a small model at four clients, merge once, and compare: real data, under six minutes on two cores.
+
+    Run again after an interruption, it goes on from what is there.
+    """
+    out = Output(as_json=as_json, debug=debug)
+    with out.reporting(resume="The same command goes on from what is there."):
+        from lora_merge.demo.areas import AREAS
+        from lora_merge.demo.steps import plan
+
+        if only is Part.data:
+            _make_data(out, output, clients, steps)
+        elif only is Part.model:
+            _make_model(out, output)
+        else:
+            _open(output, {"clients": clients, "steps": steps, "base": str(base) if base else None}, force)
+            cores = _cores()
+            made = plan(output, AREAS[:clients], steps=steps, base=base, threads=_threads(cores))
+            seconds = _run(out, output, made, at_once=min(2, cores))
+            record = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+            result = {"output": str(output), "seconds": seconds, "commands": made.commands(), "evaluation": record}
+            out.result(result, made=str(output), show=lambda: _ending(output, record))
+
+
+def _make_data(out: Output, output: Path, clients: int, steps: int) -> None:
+    from lora_merge.demo.areas import AREAS
+    from lora_merge.demo.corpus import build, write
+    from lora_merge.demo.steps import BATCH_SIZE, HELD_OUT_ROWS_PER_AREA
+
+    corpus = build(AREAS[:clients], rows=steps * BATCH_SIZE, held_out_rows=clients * HELD_OUT_ROWS_PER_AREA)
+    rows = write(corpus, output / "data")
+    text = ", ".join(f"{name} {count}" for name, count in rows.items())
+    out.result({"output": str(output / "data"), "rows": rows}, show=lambda: plain(f"Rows: {text}"))
+
+
+def _make_model(out: Output, output: Path) -> None:
+    from lora_merge.demo.model import make_base
+
+    make_base(output / "base", out.say)
+    out.result({"output": str(output / "base")}, show=lambda: plain(output / "base"))
+
+
+def _open(output: Path, settings: Mapping[str, Any], force: bool) -> None:
+    """Make the demo's folder, or take up the one that is there.
+
+    Raises:
+        UsageError: it holds something else, or a demo with other settings.
+    """
+    from lora_merge.errors import UsageError
+
+    mark = json.dumps(settings, indent=2) + "\n"
+    marked = output / SETTINGS
+    if output.exists() and not marked.is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} is there and holds no demo.", hint="Choose another folder: --output DIR")
+    if force:
+        for name in MADE:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if marked.is_file() and marked.read_text(encoding="utf-8") != mark:
+        raise UsageError(
+            f"{output} holds a demo with other settings: {' '.join(marked.read_text(encoding='utf-8').split())}",
+            hint="--force starts anew; or choose another folder: --output DIR",
+        )
+    (output / "logs").mkdir(parents=True, exist_ok=True)
+    (output / "clients").mkdir(exist_ok=True)
+    marked.write_text(mark, encoding="utf-8")
+
+
+def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, float]:
+    """Run what is not done yet, stage by stage; returns the seconds of each step that ran."""
+    from lora_merge.demo.crew import Crew
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops us must stop our children too
+    (output / "commands.sh").write_text("\n".join(plan.commands()) + "\n", encoding="utf-8")
+    crew, seconds, start = Crew(output / "logs", out.say), dict[str, float](), time.monotonic()
+    stages = plan.stages()
+    for number, (title, steps) in enumerate(stages, start=1):
+        out.say(f"\n{number}/{len(stages)} {title}")
+        due = [step for step in steps if not step.makes.exists()]
+        for step in steps:
+            out.say(f"  $ {step.shown()}" if step in due else f"  {step.makes} is there already")
+        began = time.monotonic()
+        seconds.update(crew.run([step.resumed() for step in due], at_once))
+        if due:
+            out.say(f"  {time.monotonic() - began:.0f} s")
+    out.say(f"\nAll of it took {time.monotonic() - start:.0f} s.\n")
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def _ending(output: Path, record: dict[str, Any]) -> RenderableType:
+    words = f"\nEverything is in {output}, and the commands that made it in {output / 'commands.sh'}."
+    return Group(drawn(record), plain(words))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(cores: int) -> int:
+    """Threads of each of two training processes: one each on two cores is faster than one process with both."""
+    return min(4, max(1, cores // 2))
