@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -22,11 +22,15 @@ from lora_merge.sources.rooms import MAX_WAIT, Rooms, open_rooms
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read: how long a call may wait for a busy Hub, and whom to tell of waits and downloads."""
+    """How sources are read: how long a call may wait for a busy Hub, and whom to tell of waits and downloads.
+
+    `pins` are the commits at which repositories are read whose source names no revision.
+    """
 
     max_wait: float = MAX_WAIT
     tell: Tell = lambda line: None
     progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None)
+    pins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) 
         NetworkError: the Hub cannot be reached.
     """
     with open_rooms(reading.max_wait, reading.tell) as rooms:
-        candidates = _examined(rooms, sources)
+        candidates = _examined(rooms, sources, reading.pins)
         n = _weights(candidates, weights)
         folders = rooms.fetch(list(candidates.values()), reading.progress)
         refs = {client: candidate.ref for client, candidate in candidates.items()}
@@ -89,15 +93,15 @@ def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) 
 def examined(sources: Sequence[str | Path], weights: Weights, reading: Reading) -> Examined:
     """What `accepted` would read, without reading any weights or writing anything; the same errors."""
     with open_rooms(reading.max_wait, reading.tell) as rooms:
-        candidates = _examined(rooms, sources)
+        candidates = _examined(rooms, sources, reading.pins)
         missing = {name: each.ref.room.missing_bytes(each) for name, each in candidates.items()}
         notes = [*rooms.notes, *_other_names(candidates)]
         return Examined(candidates, _weights(candidates, weights), missing, notes)
 
 
-def _examined(rooms: Rooms, sources: Sequence[str | Path]) -> dict[str, Candidate]:
+def _examined(rooms: Rooms, sources: Sequence[str | Path], pins: Mapping[str, str]) -> dict[str, Candidate]:
     """The adapters that the sources name, by client id, sorted; refused where they are no federation."""
-    refs = rooms.expand(sources)
+    refs = [_pinned(ref, pins) for ref in rooms.expand(sources)]
     if not refs:
         raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
     found: dict[str, Candidate] = {}
@@ -111,6 +115,12 @@ def _examined(rooms: Rooms, sources: Sequence[str | Path]) -> dict[str, Candidat
     if problems:
         raise RefusedError(problems)
     return dict(sorted(found.items()))
+
+
+def _pinned(ref: AdapterRef, pins: Mapping[str, str]) -> AdapterRef:
+    if ref.commit is None or "@" in ref.given:
+        return ref
+    return replace(ref, commit=pins.get(ref.source, ref.commit))
 
 
 def _federation_problems(clients: Mapping[str, Description]) -> list[Problem]:

@@ -22,7 +22,9 @@ from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
 from lora_merge.errors import RefusedError, StorageError, UsageError
 from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
-from lora_merge.provenance import contributions_of, ledger_of, write_records
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
+from lora_merge.provenance import contributions_of, ledger_of, lock_of, write_records
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
 
@@ -53,6 +55,8 @@ def aggregate(
     certificate: CertificateMode | None = None,
     workers: int | None = None,
     force: bool = False,
+    lock: str | Path | None = None,
+    locked: bool = False,
     max_wait: float = MAX_WAIT,
     tell: Tell = lambda line: None,
     progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None),
@@ -73,6 +77,9 @@ def aggregate(
         certificate: `exact`, `probes` or `off`; None chooses by size.
         workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
         force: replace what is at `output`.
+        lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
+            merge (the folder holds one in any case).
+        locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
         max_wait: seconds that one call may wait for a busy Hub.
         tell: called with a line when such a wait begins.
         progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
@@ -82,6 +89,7 @@ def aggregate(
         RefusedError: clients are refused; with every problem of all of them. Nothing is written.
         NotFoundError: a source names nothing, or may not be read.
         NetworkError: the Hub cannot be reached, or stays busy.
+        VerificationError: under `locked`, the merge would be another one.
         MissingBaseError: the mean needs base tensors that are not at hand.
         StorageError: the disk is full or not writable.
 
@@ -95,15 +103,24 @@ def aggregate(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be 1 or more, is {workers}.")
     check_free(output, force=force)
-    with accepted(sources, weights, Reading(max_wait, tell, progress)) as inputs:
+    lock_path = Path(lock) if lock is not None else output / LOCK_NAME
+    known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
+    with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known))) as inputs:
         federation = federation_of(inputs, global_lr, base, _device(device))
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
+            # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
-            merges, measured = _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            merged = None if locked else _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
             contributions = contributions_of(inputs, federation.total, hashes)
-            ledger = ledger_of(federation, inputs.clients, settings, weights, contributions, measured)
-            write_records(work, ledger, inputs.clients, merges)
+            record = lock_of(federation, inputs, settings, weights, contributions)
+            if locked and known is not None:
+                require_unchanged(known, record)
+            merges, measured = merged or _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            ledger = ledger_of(federation, record, contributions, measured, settings)
+            write_records(work, ledger, record, inputs.clients, merges)
             _require_unchanged(inputs.clients)
+        if lock is not None and not locked:
+            write_lock(record, lock_path)
         return Aggregation(output, ledger, [*inputs.notes, *claim_warnings(inputs.clients), *_rank_warning(ledger)])
 
 

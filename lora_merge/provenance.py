@@ -20,9 +20,12 @@ from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, PeftFolder
 from lora_merge.checkpoint.writer import merged_config
+from lora_merge.environment import environment
 from lora_merge.intake import Accepted
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.lock import Lock, LockedInput
 
 
 def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, str]]) -> list[Contribution]:
@@ -43,34 +46,45 @@ def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, 
     ]
 
 
-def ledger_of(
-    federation: Federation,
-    folders: Mapping[str, PeftFolder],
-    settings: Settings,
-    weights: Weights,
-    contributions: list[Contribution],
-    measured: list[Measured],
-) -> Ledger:
-    """The record of a finished merge."""
-    options = asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed}
-    return Ledger(
+def lock_of(
+    federation: Federation, inputs: Accepted, settings: Settings, weights: Weights, contributions: list[Contribution]
+) -> Lock:
+    """What a merge is made of; known before anything is merged."""
+    return Lock(
+        inputs=[LockedInput(c.client_id, c.source, c.commit, dict(c.sha256), c.weight) for c in contributions],
         method=settings.method,
-        options=options,
+        options=asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed},
         global_lr=federation.alpha,
         weighting=weights if isinstance(weights, str) else "given",
-        total_weight=federation.total,
-        base_model=agreed_base_model(folders),
-        contributions=contributions,
-        certificate=_certificate(measured, settings),
-        forms=dict(sorted(Counter(module.form for module in measured).items())),
-        ranks=sorted({module.r for module in measured if module.r is not None}),
         dtype=settings.dtype,
-        device=str(federation.device),
+        base_model=agreed_base_model(inputs.clients),
+        environment=environment(federation.device),
         versions={
             "lora-merge": importlib.metadata.version("lora-merge"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+    )
+
+
+def ledger_of(
+    federation: Federation, lock: Lock, contributions: list[Contribution], measured: list[Measured], settings: Settings
+) -> Ledger:
+    """The record of a finished merge."""
+    return Ledger(
+        method=lock.method,
+        options=lock.options,
+        global_lr=lock.global_lr,
+        weighting=lock.weighting,
+        total_weight=federation.total,
+        base_model=lock.base_model,
+        contributions=contributions,
+        certificate=_certificate(measured, settings),
+        forms=dict(sorted(Counter(module.form for module in measured).items())),
+        ranks=sorted({module.r for module in measured if module.r is not None}),
+        dtype=lock.dtype,
+        device=str(federation.device),
+        versions=lock.versions,
     )
 
 
@@ -95,14 +109,17 @@ def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
     return None if relative is None else relative.to_json()
 
 
-def write_records(work: Path, ledger: Ledger, folders: Mapping[str, PeftFolder], merges: list[Merge]) -> None:
-    """Write everything but the weights: adapter_config.json, aggregation.json, README.md."""
+def write_records(
+    work: Path, ledger: Ledger, lock: Lock, folders: Mapping[str, PeftFolder], merges: list[Merge]
+) -> None:
+    """Write everything but the weights: adapter_config.json, aggregation.json, lora-merge.lock, README.md."""
     configs = [folder.config for folder in folders.values()]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
     whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
     config = merged_config(configs, modules, _tokens(folders), whole) | {"base_model_name_or_path": ledger.base_model}
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     (work / LEDGER_NAME).write_text(ledger.to_json())
+    (work / LOCK_NAME).write_text(lock.to_json())
     local = ledger.base_model is not None and is_local(ledger.base_model)
     (work / "README.md").write_text(global_card(ledger, task_type=config["task_type"], base_is_local=local))
 

@@ -38,7 +38,7 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes a private folder, the result is an ordinary one
         yield work
         _flush(work)
-        _replace(output, work)
+        _replace(output, work, force=force)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
     finally:
@@ -106,9 +106,10 @@ def _flush(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _replace(output: Path, work: Path) -> None:
+def _replace(output: Path, work: Path, *, force: bool) -> None:
     """Rename `work` to `output`; what was there is moved aside first, and removed last."""
     aside = None
+    check_free(output, force=force)  # again: it may have been taken while this run worked
     if output.is_symlink() or output.is_file():
         output.unlink()
     elif output.is_dir() and any(output.iterdir()):

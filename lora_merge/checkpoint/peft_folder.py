@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lora_merge import ledger, lock
 from lora_merge.adapter import Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
 from lora_merge.checkpoint.layout import Stored, find_updates
@@ -21,9 +22,10 @@ from lora_merge.statement import FILE_NAME, MAX_BYTES, Statement, StatementError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-LEDGER_NAME = "aggregation.json"
+LEDGER_NAME = ledger.FILE_NAME
+LOCK_NAME = lock.FILE_NAME
 PICKLE_NAME = "adapter_model.bin"
-READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME)
+READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME, LOCK_NAME)
 # A merged adapter is as wide as its clients together, but never wider than its modules.
 MAX_GLOBAL_R = 1 << 17
 

@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.push import (
+    CreatePrOption,
+    PrivateOption,
+    PushOption,
+    may_publish,
+    publish_result,
+    push_record,
+    push_summary,
+)
 from lora_merge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +68,9 @@ def aggregate(
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
+    push: PushOption = None,
+    private: PrivateOption = None,
+    create_pr: CreatePrOption = False,
     lock: Annotated[
         Path | None, typer.Option(help="Read repositories at the commits that this lock pins, and write it anew.")
     ] = None,
@@ -82,6 +94,7 @@ def aggregate(
             return
         if output is None:
             raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge --help")
+        target = may_publish(out, push, private, create_pr, max_wait)
         started = time.monotonic()
         from lora_merge.checkpoint.merge import CertificateMode
         from lora_merge.pipeline import aggregate as run
@@ -109,7 +122,9 @@ def aggregate(
         for warning in result.warnings:
             out.warn(warning)
         seconds = time.monotonic() - started
-        out.result(_as_json(result, seconds), made=str(output), show=lambda: _table(result, seconds))
+        pushed = publish_result(out, output, target, max_wait)
+        record = _as_json(result, seconds) | push_record(pushed)
+        out.result(record, made=str(output), show=lambda: _table(result, seconds, push_summary(pushed)))
 
 
 def _named(sources: list[str]) -> Iterator[str]:
@@ -205,12 +220,14 @@ def _as_json(result: "Aggregation", seconds: float) -> dict[str, Any]:
     return {"output": str(result.output), "seconds": round(seconds, 3), "warnings": list(result.warnings), **ledger}
 
 
-def _table(result: "Aggregation", seconds: float) -> "Table":
+def _table(result: "Aggregation", seconds: float, published: str = "") -> "Table":
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _rows(result, seconds):
         table.add_row(name, plain(value))
+    if published:
+        table.add_row("published", plain(published.strip()))
     return table
 
 

@@ -17,6 +17,7 @@ from lora_merge import lock
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
+    LEDGER_NAME,
     LOCK_NAME,
     PICKLE_NAME,
     READ_NAMES,
@@ -88,7 +89,7 @@ class HubRoom:
             FileRefused(name, f"has {file.size} bytes; at most {limit} are accepted")
             for name, file in files.items()
             if name not in (WEIGHTS_NAME, PICKLE_NAME)
-            if file.size > (limit := LIMITS.get(name, MAX_RECORD_BYTES))
+            if file.size > (limit := LIMITS[name])
         ]
         if too_large:
             raise FolderRefused(too_large)

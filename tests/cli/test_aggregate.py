@@ -78,7 +78,7 @@ def test_the_result_is_on_stdout_and_the_talk_on_stderr(run: Run, tmp_path: Path
     assert shown["certificate"].strip().startswith("relative error ")
     assert shown["fedavg would miss"].strip().endswith("(an estimate)")
     assert err == "warning: org/a, org/b do not state the hash of their base model's weights; taken on trust.\n"
-    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "aggregation.json"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors", "aggregation.json", "lora-merge.lock"]
     assert sorted(path.name for path in (tmp_path / "global").iterdir()) == files
 
 

@@ -1,0 +1,155 @@
+"""`lora-merge.lock`: what a merge was made of, to the byte, so that anyone who can read the inputs can make it again.
+
+Canonical JSON (sorted keys, no spaces, ASCII): the same merge gives the same lock, which can be signed with
+`ssh-keygen -Y sign`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FILE_NAME = "lora-merge.lock"
+SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 24
+
+_TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+class LockError(ValueError):
+    """A lock file is malformed. ``field`` names the entry."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class LockedInput:
+    """One client's adapter: where it came from, its commit (None for a folder), its files' hashes, its weight n."""
+
+    client_id: str
+    source: str
+    commit: str | None
+    files: Mapping[str, str]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Inputs, how they were merged, and where; `environment` and `versions` are what the bytes may depend on."""
+
+    inputs: Sequence[LockedInput]
+    method: str
+    options: Mapping[str, Any]
+    global_lr: float
+    weighting: str
+    dtype: str
+    base_model: str | None
+    environment: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The file's text: canonical JSON, ending in a newline."""
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Lock":
+        """Read a parsed lock strictly.
+
+        Raises:
+            LockError: an entry is missing, unknown, or of a wrong form.
+        """
+        _entries("lock", data, {"schema_version"} | {field.name for field in fields(cls)})
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise LockError("schema_version", f"must be {SCHEMA_VERSION}, is {str(data['schema_version'])[:40]}")
+        inputs = data["inputs"]
+        if not isinstance(inputs, list) or not inputs:
+            raise LockError("inputs", "must be a list of one or more")
+        return cls(
+            inputs=[_input(f"inputs[{number}]", entry) for number, entry in enumerate(inputs)],
+            method=_text("method", data["method"]),
+            options=_mapping("options", data["options"]),
+            global_lr=_number("global_lr", data["global_lr"]),
+            weighting=_text("weighting", data["weighting"]),
+            dtype=_text("dtype", data["dtype"]),
+            base_model=None if data["base_model"] is None else _text("base_model", data["base_model"]),
+            environment=_texts("environment", data["environment"]),
+            versions=_texts("versions", data["versions"]),
+        )
+
+    def differences(self, other: "Lock") -> list[str]:
+        """What a merge by `other` would do otherwise: inputs and settings, not where it runs."""
+        found = [
+            f"{name} is {getattr(other, name)!r}, locked is {getattr(self, name)!r}"
+            for name in ("method", "options", "global_lr", "weighting", "dtype", "base_model")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        mine = {entry.client_id: entry for entry in self.inputs}
+        theirs = {entry.client_id: entry for entry in other.inputs}
+        found += [f"{client} is not in the lock" for client in sorted(theirs.keys() - mine.keys())]
+        found += [f"{client} is in the lock and not among the inputs" for client in sorted(mine.keys() - theirs.keys())]
+        for client in sorted(mine.keys() & theirs.keys()):
+            found += [
+                f"{client}: {name} is {getattr(theirs[client], name)}, locked is {getattr(mine[client], name)}"
+                for name in ("source", "commit", "files", "weight")
+                if getattr(mine[client], name) != getattr(theirs[client], name)
+            ]
+        return found
+
+
+def _input(name: str, data: Any) -> LockedInput:
+    _entries(name, data, {field.name for field in fields(LockedInput)})
+    commit = data["commit"]
+    if commit is not None and not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+        raise LockError(f"{name}.commit", "must be 40 hexadecimal digits or null")
+    files = _mapping(f"{name}.files", data["files"])
+    if not files or not all(_FILE.fullmatch(key) and _is_sha256(value) for key, value in files.items()):
+        raise LockError(f"{name}.files", "must be file names and their sha256")
+    return LockedInput(
+        client_id=_text(f"{name}.client_id", data["client_id"]),
+        source=_text(f"{name}.source", data["source"]),
+        commit=commit,
+        files=dict(files),
+        weight=_number(f"{name}.weight", data["weight"]),
+    )
+
+
+def _entries(name: str, data: Any, expected: set[str]) -> None:
+    if not isinstance(data, dict):
+        raise LockError(name, "must be an object")
+    if set(data) != expected:
+        wrong = sorted(set(data) ^ expected)[0]
+        raise LockError(f"{name}.{wrong[:100]}", "unknown entry" if wrong in data else "is missing")
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise LockError(name, "must be an object")
+    return value
+
+
+def _texts(name: str, value: Any) -> Mapping[str, str]:
+    return {_text(name, key): _text(f"{name}.{key[:100]}", text) for key, text in _mapping(name, value).items()}
+
+
+def _text(name: str, value: Any) -> str:
+    if not (isinstance(value, str) and _TEXT.fullmatch(value)):
+        raise LockError(name, "must be a short text")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise LockError(name, "must be a finite number from 0 up")
+    return float(value)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None

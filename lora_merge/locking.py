@@ -1,0 +1,58 @@
+"""Merging under a lock: reading and writing `lora-merge.lock`, the commits it pins, and what it forbids."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.errors import NotFoundError, Problem, RefusedError, VerificationError
+from lora_merge.lock import MAX_BYTES, Lock, LockError
+
+
+def read_lock(path: Path) -> Lock:
+    """The lock at `path`.
+
+    Raises:
+        NotFoundError: there is none.
+        RefusedError: it is malformed.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"There is no lock {path}.", hint="lora-merge aggregate writes one beside the adapter.")
+    with path.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    try:
+        if len(text) > MAX_BYTES:
+            raise FileRefused("file", f"is larger than {MAX_BYTES} bytes")
+        return Lock.from_json(parse_json(text, "file"))
+    except (FileRefused, LockError) as error:
+        raise RefusedError([Problem(path.name, error.field, error.reason)]) from error
+
+
+def write_lock(lock: Lock, path: Path) -> None:
+    """Write the lock to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with work.open("w") as file:
+            file.write(lock.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def pins_of(lock: Lock | None) -> Mapping[str, str]:
+    """The commit that the lock pins each repository to."""
+    return {entry.source: entry.commit for entry in lock.inputs if entry.commit} if lock else {}
+
+
+def require_unchanged(locked: Lock, lock: Lock) -> None:
+    """Raise `VerificationError` where a merge would not be the one that is locked."""
+    if found := locked.differences(lock):
+        raise VerificationError(
+            "\n".join(
+                ["The merge would change what is locked; nothing was written.", *(f"  {line}" for line in found)]
+            ),
+            hint="Leave out --locked to merge these inputs and write the lock anew.",
+        )

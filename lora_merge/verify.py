@@ -1,0 +1,161 @@
+"""`lora-merge verify`: make a published merge again from its pinned inputs, and compare."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+
+from lora_merge.checkpoint.compare import compare
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, FolderRefused, file_sha256, open_folder
+from lora_merge.environment import environment
+from lora_merge.errors import NotFoundError, RefusedError
+from lora_merge.intake import Reading, accepted
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.lock import Lock
+from lora_merge.locking import read_lock
+from lora_merge.pipeline import aggregate
+from lora_merge.sources.rooms import open_rooms
+
+Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
+EQUIVALENT = 1e-6  # relative error of the update, where another environment made it
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of making a merge again.
+
+    Attributes:
+        verdict: `identical` in bytes; `equivalent`: the update's relative error is at most 1e-6 and the environment is
+            another one; else `different`.
+        reasons: the inputs, settings or tensors that differ.
+        relative_error: of the published update against the one made again; None where it was not made.
+        environment: what differs between the lock's environment and this one: name to (locked, here).
+    """
+
+    target: str
+    verdict: Verdict
+    reasons: Sequence[str] = ()
+    relative_error: float | None = None
+    environment: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    inputs: int = 0
+
+
+def verify(
+    target: str | Path,
+    sources: Sequence[str | Path] = (),
+    *,
+    base: str | Path | None = None,
+    workers: int | None = None,
+    reading: Reading | None = None,
+) -> Verification:
+    """Fetch the inputs that the lock of `target` pins, merge them again, and compare the adapters.
+
+    Args:
+        target: a merged adapter's folder or repository.
+        sources: where inputs lie that came from folders: a lock holds their names and hashes, but no paths.
+        base: the base model, where the merge needs it.
+
+    Raises:
+        NotFoundError: there is no lock, or an input cannot be found or read.
+        RefusedError: the lock or an input is refused.
+    """
+    reading = reading or Reading()
+    with open_rooms(reading.max_wait, reading.tell) as rooms:
+        candidates = rooms.examine(rooms.expand([target]))
+        folder = rooms.fetch(candidates, reading.progress)[0]
+        lock = read_lock(folder / LOCK_NAME)
+        weights = {entry.client_id: entry.weight for entry in lock.inputs}
+        named = [*_named_inputs(lock, bool(sources)), *sources]
+        with accepted(named, "uniform", reading) as inputs:
+            hashes = {client: opened.sha256() for client, opened in inputs.clients.items()}
+        if reasons := _other_inputs(lock, hashes):
+            return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
+        with tempfile.TemporaryDirectory(prefix="lora-merge-verify-") as scratch:
+            again = Path(scratch) / "again"
+            aggregate(
+                named,
+                again,
+                method=lock.method,
+                rank=lock.options.get("rank"),
+                energy=lock.options.get("energy") if lock.options.get("rank") == "auto" else None,
+                weights=weights,
+                global_lr=lock.global_lr,
+                base=base,
+                dtype=lock.dtype,
+                certificate="off",
+                workers=workers,
+                max_wait=reading.max_wait,
+                tell=reading.tell,
+                progress=reading.progress,
+            )
+            return _compared(str(target), folder, again, lock)
+
+
+def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
+    """The inputs that can be found again by name: repositories at their commits, and URLs."""
+    named = [f"hf://{entry.source}@{entry.commit}" if entry.commit else entry.source for entry in lock.inputs]
+    found = [name for name in named if "://" in name]
+    if len(found) < len(named) and not others_are_given:
+        lost = [name for name in named if "://" not in name]
+        raise NotFoundError(
+            f"The lock names inputs that lay in folders, by hash and not by path: {', '.join(lost[:5])}.",
+            hint="Name the folders too: lora-merge verify TARGET FOLDER…",
+        )
+    return found
+
+
+def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The inputs that are not what the lock says."""
+    locked = {entry.client_id: entry.files for entry in lock.inputs}
+    if lost := sorted(locked.keys() - hashes.keys()):
+        raise NotFoundError(f"These inputs of the lock were not found: {', '.join(lost)}.")
+    reasons = [f"input {client} is not in the lock" for client in sorted(hashes.keys() - locked.keys())]
+    for client in sorted(locked.keys() & hashes.keys()):
+        for name in sorted(locked[client].keys() | hashes[client].keys()):
+            here, then = hashes[client].get(name), locked[client].get(name)
+            if here != then:
+                reasons.append(f"input {client}: {name} has the sha256 {here}, locked is {then}")
+    return reasons
+
+
+def _compared(target: str, published: Path, again: Path, lock: Lock) -> Verification:
+    here = environment(torch.device("cpu"))
+    apart = {
+        name: (lock.environment.get(name, ""), here.get(name, ""))
+        for name in sorted(lock.environment.keys() | here.keys())
+        if lock.environment.get(name) != here.get(name)
+    }
+    reasons = _other_settings(published, again)
+    same = all(file_sha256(published / name) == file_sha256(again / name) for name in (CONFIG_NAME, WEIGHTS_NAME))
+    if same:
+        return Verification(target, "identical", (), 0.0, apart, len(lock.inputs))
+    error, tensors = _distance(again, published)
+    verdict: Verdict = "equivalent" if error <= EQUIVALENT and apart and not reasons else "different"
+    return Verification(target, verdict, [*reasons, *tensors], error, apart, len(lock.inputs))
+
+
+def _other_settings(published: Path, again: Path) -> list[str]:
+    first, second = (json.loads((folder / CONFIG_NAME).read_text()) for folder in (published, again))
+    return [
+        f"{CONFIG_NAME}: {name} is {str(first.get(name))[:80]}, made again {str(second.get(name))[:80]}"
+        for name in sorted(first.keys() | second.keys())
+        if first.get(name) != second.get(name)
+    ]
+
+
+def _distance(reference: Path, other: Path) -> tuple[float, list[str]]:
+    """The relative error of `other`'s update, and a line for each module that differs."""
+    try:
+        mine, theirs = open_folder(reference), open_folder(other)
+    except FolderRefused as error:
+        raise RefusedError(error.problems(str(other))) from error
+    try:
+        found = compare(mine, theirs)
+    finally:
+        mine.close()
+        theirs.close()
+    return found.relative_error, [f"{name}: relative error {error:.1e}" for name, error in found.modules.items()]
