@@ -7,6 +7,7 @@ setting is an error, and all of them are reported at once. See `recipes/README.m
 import difflib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -17,6 +18,8 @@ import yaml
 
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.recipe_form import CHECKS, read_yaml
+
+FEDERATION = re.compile(r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[^\s@]+))?")
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,12 @@ def find(name_or_path: str) -> Path:
             hint="lora-merge recipes list. A recipe of your own is given as a path: ./NAME.yaml",
         )
     return folder() / f"{name_or_path}.yaml"
+
+
+def is_repository(recipe: str) -> bool:
+    """Whether a recipe is given as a federation, `org/name` or `org/name@revision`. A file that is there is a file."""
+    is_file = recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file()
+    return not is_file and FEDERATION.fullmatch(recipe) is not None
 
 
 def script_of(loaded: LoadedRecipe) -> Path:

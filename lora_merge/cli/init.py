@@ -7,6 +7,7 @@ import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption, RepoArgument, target_of
+from lora_merge.cli.train import quieten
 
 if TYPE_CHECKING:
     from lora_merge.federation.found import Founded
@@ -33,6 +34,7 @@ def init(
     with out.reporting(resume="The same command goes on; it sees what has been published."):
         from lora_merge.federation.found import found
 
+        quieten()
         target = target_of(repo, private, create_pr=False)
         founded = found(target, recipe, set_ or [], base=base, max_wait=max_wait, tell=out.say)
         if founded.recipe.base_commit is None and founded.start.base_weights_sha256 is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.errors import LoraMergeError, UsageError
 
 if TYPE_CHECKING:
     from lora_merge.publish.push import Pushed
@@ -117,3 +118,41 @@ def summary_of(pushed: "Pushed") -> str:
     names = ", ".join(published.changed) + (f"; removed {', '.join(published.removed)}" * bool(published.removed))
     later = "\nSomebody has published something else there since." * published.superseded
     return f"{published.repo} ({seen}): {names}\ncommit {published.commit}\n{published.url}{later}"
+
+
+def may_publish(
+    out: Output, repo: str | None, private: bool | None, create_pr: bool, max_wait: float
+) -> "Target | None":
+    """Where ``--push`` publishes, once it is known that this will be allowed; None where nothing is to be published."""
+    if repo is None:
+        if private is not None or create_pr:
+            raise UsageError("--private, --public and --create-pr are of --push.", hint="Add --push ORG/NAME.")
+        return None
+    from lora_merge.publish.push import require_access
+
+    target = target_of(repo, private, create_pr)
+    require_access(target, max_wait=max_wait, tell=out.say)
+    return target
+
+
+def publish_result(out: Output, folder: Path, target: "Target | None", max_wait: float) -> "Pushed | None":
+    """Publish what a command has made. Where that fails, say that it was made, and how to publish it."""
+    if target is None:
+        return None
+    try:
+        return publish(out, folder, target, max_wait=max_wait)
+    except LoraMergeError as error:
+        seen = {None: "", True: " --private", False: " --public"}[target.private] + " --create-pr" * target.create_pr
+        again = f"{folder} is made. To publish it: lora-merge push {folder} {target.repo}{seen}"
+        error.hint = f"{error.hint} {again}".strip()
+        raise
+
+
+def push_record(pushed: "Pushed | None") -> dict[str, Any]:
+    """The entry of a command's ``--json`` about its ``--push``."""
+    return {"published": record_of(pushed)} if pushed else {}
+
+
+def push_summary(pushed: "Pushed | None") -> str:
+    """The lines of a command's result about its ``--push``."""
+    return f"\n{summary_of(pushed)}" if pushed else ""

@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.push import (
+    MAX_WAIT,
+    CreatePrOption,
+    MaxWaitOption,
+    PrivateOption,
+    PushOption,
+    may_publish,
+    publish_result,
+    push_record,
+    push_summary,
+)
 
 if TYPE_CHECKING:
     from lora_merge.recipe import LoadedRecipe
@@ -22,7 +33,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a federation: ORG/NAME.")],
     data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
     client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME.")],
     output: Annotated[Path, typer.Option(help="The adapter folder to make.")],
@@ -31,6 +42,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already there.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    push: PushOption = None,
+    private: PrivateOption = None,
+    create_pr: CreatePrOption = False,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -38,17 +53,19 @@ def train(
     """Fine-tune one client's LoRA adapter by a recipe that the whole federation shares."""
     out = Output(as_json, quiet, debug)
     with out.reporting(resume="The same command with --resume goes on from the last checkpoint."):
-        from lora_merge.recipe import load
         from lora_merge.training.job import Job, check_job
 
-        loaded = load(recipe, set_ or [])
+        target = may_publish(out, push, private, create_pr, max_wait)  # now, and not after hours of training
+        loaded = _recipe(out, recipe, set_ or [], max_wait)
         with _steps(out) as on_step:
             job = Job(data, client_id, output, base, device, resume, force, out.say, on_step)
             check_job(job)  # the script does so too; here it takes no seconds of imports
             script: Script = context.obj or _script(loaded)
-            _hush()
+            quieten()
             trained = script(loaded, job)
-        out.result(_record(trained), made=str(trained.output), show=lambda: plain(_summary(trained)))
+        pushed = publish_result(out, output, target, max_wait)
+        record = _record(trained) | push_record(pushed)
+        out.result(record, made=str(output), show=lambda: plain(_summary(trained) + push_summary(pushed)))
 
 
 def run_script(script: "Script") -> None:
@@ -56,6 +73,17 @@ def run_script(script: "Script") -> None:
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(train)
     app(obj=script)
+
+
+def _recipe(out: Output, name: str, overrides: list[str], max_wait: float) -> "LoadedRecipe":
+    """The recipe: a shipped one, a file, or that of a federation on the Hub."""
+    from lora_merge.recipe import is_repository, load
+
+    if not is_repository(name):
+        return load(name, overrides)
+    from lora_merge.federation.follow import follow
+
+    return follow(name, overrides, max_wait=max_wait, tell=out.say)
 
 
 def _script(loaded: "LoadedRecipe") -> "Script":
@@ -72,7 +100,7 @@ def _script(loaded: "LoadedRecipe") -> "Script":
     return function  # type: ignore[no-any-return]
 
 
-def _hush() -> None:
+def quieten() -> None:
     """Leave the terminal to us: no bars and no notes from the libraries below."""
     import warnings
 

@@ -1,27 +1,17 @@
 """A client's side: the recipe of a federation, read from its repository at one commit."""
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from lora_merge.checkpoint.peft_folder import FolderRefused
-from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 from lora_merge.federation.contract import MAX_BYTES, RECIPE_NAME, START_NAME, read_contract
 from lora_merge.hub.client import Tell, hub_session
 from lora_merge.hub.failures import asking
-from lora_merge.recipe import LoadedRecipe
+from lora_merge.recipe import FEDERATION, LoadedRecipe
 from lora_merge.sources.hub_cache import fetch_file
 from lora_merge.sources.reference import FileEntry
-
-_FEDERATION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@([^\s@]+))?")
-
-
-def is_federation(recipe: str) -> bool:
-    """Whether a recipe is given as `org/federation` (perhaps `@revision`). A file that is there is a file."""
-    is_file = recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file()
-    return not is_file and _FEDERATION.fullmatch(recipe) is not None
 
 
 def follow(recipe: str, overrides: Sequence[str], *, max_wait: float, tell: Tell) -> LoadedRecipe:
@@ -35,9 +25,9 @@ def follow(recipe: str, overrides: Sequence[str], *, max_wait: float, tell: Tell
         UsageError: an override would leave the federation.
         NetworkError: the Hub cannot be reached.
     """
-    found = _FEDERATION.fullmatch(recipe)
-    assert found is not None
-    repo, revision = found[1], found[2]
+    if (found := FEDERATION.fullmatch(recipe)) is None:
+        raise UsageError(f"{recipe} is not a federation: ORG/NAME, perhaps @REVISION.")
+    repo, revision = found["repo"], found["revision"]
     with hub_session(max_wait, tell) as api:
         commit, listed = _listed(api, repo, revision)
         if missing := [name for name in (RECIPE_NAME, START_NAME) if name not in listed]:
