@@ -19,11 +19,10 @@ from huggingface_hub import HfApi
 space = {"hf": huggingface_hub, "api": HfApi()}
 for line in sys.stdin:
     code, given = json.loads(line)
-    space.update(given, result=None)
+    names = {**space, **given, "result": None}
     try:
-        exec(code, space)
-        told = {"result": space["result"]}
-        text = json.dumps(told, default=str)
+        exec(code, names)
+        text = json.dumps({"result": names["result"]}, default=str)
     except BaseException as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
         text = json.dumps({"error": kinds, "text": str(error)})

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from tests.hub.calls import named
 from tests.hub.wire import Bytes, Readable, Response
 
 Kind = Literal["status", "html", "reset", "stall", "delay", "lost", "truncate", "short", "flip", "drip"]
@@ -19,8 +19,7 @@ HTML = b"<!DOCTYPE html><html><body><h1>Sign in to this network</h1></body></htm
 class Fault:
     """One thing that goes wrong.
 
-    on: what it strikes, as `METHOD path`, by fnmatch: `GET *`, `POST /api/models/*/commit/*`. `*` matches
-        slashes; a path is as it was sent (`refs%2Fpr%2F1`).
+    on: what it strikes: `POST /api/models/{id}/commit/{rev}`, `GET */tree/*`; see `calls.named`.
     kind: status   answers `status` (503) instead of doing anything; `retry_after` sets the header
           html     answers 200 and a page of HTML instead of doing anything
           reset    resets the connection instead of doing anything
@@ -53,12 +52,12 @@ class Fault:
         if self.kind not in get_args(Kind):
             raise ValueError(f"no such fault: {self.kind}")
 
-    def strikes(self, origin: str, method: str, path: str) -> bool:
+    def strikes(self, origin: str, method: str, path: str, route: str) -> bool:
         """Whether it is this request's turn."""
         spent = self.times is not None and self.hits >= self.times
         over = self.lasting is not None and time.monotonic() > self.since + self.lasting
         here = self.origin in (None, origin)
-        return here and not spent and not over and fnmatchcase(f"{method} {path}", self.on)
+        return here and not spent and not over and named(self.on, method, path, route)
 
     def strike(self) -> str:
         """Counts a hit; its name for the log."""
@@ -112,7 +111,7 @@ class FaultPlan:
         self.faults.append(fault)
         return fault
 
-    def find(self, origin: str, method: str, path: str) -> Fault | None:
+    def find(self, origin: str, method: str, path: str, route: str) -> Fault | None:
         """The fault that strikes this request. A HEAD has no body to spoil."""
-        fitting = (fault for fault in self.faults if fault.strikes(origin, method, path))
+        fitting = (fault for fault in self.faults if fault.strikes(origin, method, path, route))
         return next((f for f in fitting if not (method == "HEAD" and f.kind in ON_THE_BODY)), None)

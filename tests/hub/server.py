@@ -76,12 +76,14 @@ class LocalHub:
 
     def find(self, origin: str, method: str, path: str) -> Fault | None:
         """The fault that strikes a request."""
-        return None if path.startswith(CONTROL) else self.plan.find(origin, method, path)
+        route = ROUTES[origin].route(method, path)
+        return None if path.startswith(CONTROL) else self.plan.find(origin, method, path, route)
 
     def note(self, origin: str, request: Request, query: str) -> Call:
         """Notes a call."""
         token = self.state.accounts.tokens.get(request.bearer or "")
-        call = Call(origin, request.method, request.path, query, token.user.name if token else None)
+        route = ROUTES[origin].route(request.method, request.path)
+        call = Call(origin, request.method, request.path, route, query, token.user.name if token else None)
         if not request.path.startswith(CONTROL):
             self.log.append(call)
         return call
@@ -237,8 +239,13 @@ class LocalHub:
         self.plan.faults.clear()
 
     def calls(self, pattern: str = "*", *, origin: str | None = None, user: str | None = None) -> list[Call]:
-        """The calls so far whose `METHOD path` fits: `GET /api/*`; in the order of their arrival."""
+        """The calls so far that a pattern names (`calls.named`), in the order of their arrival."""
         return [call for call in tuple(self.log) if call.fits(pattern, origin, user)]
+
+    @staticmethod
+    def routes(origin: str) -> list[str]:
+        """Everything that an origin answers, as patterns for `fault` and `calls`: `GET /api/models/{id}`."""
+        return sorted(f"{method} {template}" for method, template, _, _ in ROUTES[origin].routes)
 
     def clear_calls(self) -> None:
         """Forgets every call."""

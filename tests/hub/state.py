@@ -100,7 +100,8 @@ class State:
         """The repository of a request that may commit to it, or open a pull request; and who does."""
         repository, token = self.readable(request), self.token(request)
         if token is None:
-            raise Refusal(401, "Invalid username or password.")
+            # Without the code, the client takes a 401 for a missing repository from https:// only, and we are http://.
+            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         allowed = token.allows("discussion.write", repository.namespace, repository.id) if pull_request else False
         if not allowed and not token.may_write(repository):
             role = "a read token" if token.role == "read" else "this account and token"

@@ -133,6 +133,11 @@ class Routes(Generic[Context]):
 
         return register
 
+    def route(self, method: str, path: str) -> str:
+        """The template of the route that answers a request; empty where none does."""
+        found = (t for m, t, pattern, _ in self.routes if m == method and pattern.fullmatch(path))
+        return next(found, "")
+
     def __call__(self, context: Context, request: Request) -> Response:
         """The answer to a request; 404 where no route fits, 405 where only the method is wrong."""
         known_path = False
