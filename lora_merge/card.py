@@ -45,7 +45,7 @@ class Place:
     Attributes:
         repo: the repository; None where it is not known yet.
         has_lock: `lora-merge.lock` lies beside it, so `lora-merge verify` can make it again.
-        private_inputs: how many inputs only some may read; None where that is not known.
+        private_inputs: how many inputs lie in private repositories; None where that is not known.
     """
 
     repo: str | None = None
@@ -153,8 +153,7 @@ def _contributions(ledger: Ledger) -> Iterator[str]:
 
 def origin(contribution: Contribution) -> str:
     """`org/name@commit` where an adapter came from the Hub, else that it came from a folder."""
-    source, commit = getattr(contribution, "source", None), getattr(contribution, "commit", None)
-    return f"{_cell(source)}@{commit[:12]}" if source and commit else "a folder"
+    return f"{_cell(contribution.source)}@{contribution.commit[:12]}" if contribution.commit else "a folder"
 
 
 def _statement(statement: Statement | None) -> Iterator[str]:
@@ -215,8 +214,13 @@ def _reproduction(ledger: Ledger, place: Place) -> Iterator[str]:
         yield f"It takes {folders} of the {len(ledger.contributions)} adapters from folders: their hashes are above."
         yield ""
     if place.private_inputs:
-        yield f"{place.private_inputs} of the adapters are in private repositories: only who may read those can verify."
+        yield f"{private_inputs(place.private_inputs, len(ledger.contributions))}"
         yield ""
+
+
+def private_inputs(private: int, inputs: int) -> str:
+    """What publishing a merge of private adapters means."""
+    return f"{private} of the {inputs} adapters are in private repositories: only who may read those can verify this."
 
 
 def _command(ledger: Ledger) -> str:
@@ -234,7 +238,7 @@ def _command(ledger: Ledger) -> str:
 
 
 def _pinned(contribution: Contribution) -> str:
-    return f"{_cell(getattr(contribution, 'source', ''))}@{getattr(contribution, 'commit', '')}"
+    return f"{_cell(contribution.source)}@{contribution.commit}"
 
 
 def _cell(text: str) -> str:

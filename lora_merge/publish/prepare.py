@@ -1,19 +1,21 @@
 """From an adapter folder to the files to publish: accepted by the strict reader, carded, scanned for secrets."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from yaml import YAMLError
 
 from lora_merge.agreement import is_local
-from lora_merge.card import Place, client_card, completed_card, global_card
+from lora_merge.card import Place, client_card, completed_card, global_card, private_inputs
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, RefusedError
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.lock import Lock, LockError
 from lora_merge.publish.files import (
     CARD_NAME,
     PublishedFile,
@@ -26,7 +28,6 @@ from lora_merge.publish.files import (
 from lora_merge.publish.results import read_results
 from lora_merge.publish.secrets import find_secrets
 
-LOCK_NAME = "lora-merge.lock"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
@@ -40,13 +41,19 @@ class Prepared:
 
 
 def prepare(
-    folder: Path, repo: str, *, evaluation: Path | None = None, own: Mapping[str, str] | None = None
+    folder: Path,
+    repo: str,
+    *,
+    evaluation: Path | None = None,
+    own: Mapping[str, str] | None = None,
+    count_private: Callable[[Sequence[str]], int | None] = lambda repos: None,
 ) -> Prepared:
-    """The files of `folder` to publish as `repo`. Nothing is written, and the Hub is not asked.
+    """The files of `folder` to publish as `repo`. Nothing is written.
 
     Args:
         evaluation: what `lora-merge evaluate --json` printed; goes into the card.
         own: texts that must not get out whatever their form, by kind (see `find_secrets`).
+        count_private: how many of the repositories that a merge came from are private; None where that is not known.
 
     Raises:
         NotFoundError: there is no such folder, or no such evaluation.
@@ -60,12 +67,14 @@ def prepare(
         records, weights = read_records(folder), list(weights_files(folder))
         ledger = _ledger(folder, records)
         _require_repository_as_base(adapter, ledger)
-        records[CARD_NAME] = _card(adapter, ledger, records, repo, evaluation).encode()
+        pinned = sorted({entry.source for entry in ledger.contributions if entry.commit}) if ledger else []
+        place = Place(repo, LOCK_NAME in records, count_private(pinned) if pinned else None)
+        records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
         _require_no_secrets(folder, {**records, **{file.name: read_header(file.path) for file in weights}}, own or {})
     finally:
         adapter.close()
     files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
-    return Prepared(files, left_out(folder), list(_warnings(adapter)))
+    return Prepared(files, left_out(folder), list(_warnings(adapter, ledger, place)))
 
 
 def _accepted(folder: Path) -> PeftFolder:
@@ -76,12 +85,16 @@ def _accepted(folder: Path) -> PeftFolder:
 
 
 def _ledger(folder: Path, records: Mapping[str, bytes]) -> Ledger | None:
-    if LEDGER_NAME not in records:
-        return None
+    """The ledger of a merged adapter, strictly read; its lock is too, so that nobody finds a broken one later."""
+    name = LEDGER_NAME
     try:
-        return Ledger.from_json(parse_json(records[LEDGER_NAME], LEDGER_NAME))
-    except (FileRefused, LedgerError) as error:
-        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
+        ledger = Ledger.from_json(parse_json(records[name], name)) if name in records else None
+        name = LOCK_NAME
+        if name in records:
+            Lock.from_json(parse_json(records[name], name))
+        return ledger
+    except (FileRefused, LedgerError, LockError) as error:
+        raise RefusedError([Problem(str(folder), f"{name}, {error.field}", error.reason)]) from error
 
 
 def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> None:
@@ -106,7 +119,7 @@ def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> N
 
 
 def _card(
-    adapter: PeftFolder, ledger: Ledger | None, records: Mapping[str, bytes], repo: str, evaluation: Path | None
+    adapter: PeftFolder, ledger: Ledger | None, there: bytes | None, place: Place, evaluation: Path | None
 ) -> str:
     """The card of the records; one that somebody wrote by hand keeps its text."""
     base, task = adapter.config.base_model, adapter.config.task_type
@@ -114,13 +127,11 @@ def _card(
     kind = "global" if ledger else "local"
     results = read_results(evaluation, kind=kind, name=None if ledger else client) if evaluation else None
     if ledger is None:
-        ours = client_card(adapter.statement, base_model=base, task_type=task, repo=repo, results=results)
+        ours = client_card(adapter.statement, base_model=base, task_type=task, repo=place.repo or "", results=results)
         unnamed = None
     else:
-        place = Place(repo, LOCK_NAME in records)
         ours = global_card(ledger, task_type=task, base_is_local=False, place=place, results=results)
         unnamed = global_card(ledger, task_type=task, base_is_local=is_local(ledger.base_model or ""))
-    there = records.get(CARD_NAME)
     if there is None or there == (unnamed or "").encode():
         return ours
     try:
@@ -141,6 +152,8 @@ def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], own: Mapping[s
         raise RefusedError(problems, hint=hint)
 
 
-def _warnings(adapter: PeftFolder) -> Iterator[str]:
+def _warnings(adapter: PeftFolder, ledger: Ledger | None, place: Place) -> Iterator[str]:
+    if ledger and place.private_inputs:
+        yield private_inputs(place.private_inputs, len(ledger.contributions))
     if not adapter.config.base_model:
         yield "adapter_config.json names no base model, so nobody will know what this adapter belongs to."

@@ -13,7 +13,7 @@ from lora_merge.hub.client import Tell, hub_session
 from lora_merge.hub.failures import write_token
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.prepare import prepare
-from lora_merge.publish.repository import REPOSITORY, Content, Target
+from lora_merge.publish.repository import REPOSITORY, Content, Target, count_private
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ def push(
     require_repository_name(target.repo)
     with hub_session(max_wait, tell) as api:
         require_access_with(api, target)
-        prepared = prepare(folder, target.repo, evaluation=evaluation, own=_own_secrets())
+        prepared = prepare(
+            folder,
+            target.repo,
+            evaluation=evaluation,
+            own=_own_secrets(),
+            count_private=lambda repos: count_private(api, repos),
+        )
         published = publish(
             api,
             target,

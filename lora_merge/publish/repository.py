@@ -127,3 +127,13 @@ def holds(api: HfApi, repo: str, commit: str, content: Content) -> bool:
     """Whether a commit holds just this."""
     changed, removed = differences(tree(api, repo, commit), content)
     return not changed and not removed
+
+
+def count_private(api: HfApi, repos: Sequence[str]) -> int:
+    """How many of these repositories this token sees as private; by one listing of each owner."""
+    wanted = set(repos)
+    found: dict[str, bool] = {}
+    for owner in sorted({repo.partition("/")[0] for repo in wanted}):
+        with asking(owner):
+            found |= {each.id: bool(each.private) for each in api.list_models(author=owner, expand=["private"])}
+    return sum(found.get(repo, False) for repo in wanted)
