@@ -47,7 +47,7 @@ def commit(state: State, request: Request) -> Response:
     base = repository.at(parent) if parent and pull_request else repository.commits[repository.refs[ref]]
     changed: dict[str, File | None] = {}
     for operation in operations:
-        changed |= change(state, base, operation["key"], operation["value"])
+        changed |= change(state, repository, base, operation["key"], operation["value"])
     title, text = header["value"]["summary"], header["value"].get("description", "")
     pull = open_pull(state, repository, title, text, token.user.name, ref, base) if pull_request else None
     made = repository.commit(
@@ -59,13 +59,15 @@ def commit(state: State, request: Request) -> Response:
     return answer(told)
 
 
-def change(state: State, base: Commit, key: str, value: dict[str, Any]) -> dict[str, File | None]:
+def change(
+    state: State, repository: Repository, base: Commit, key: str, value: dict[str, Any]
+) -> dict[str, File | None]:
     """What one line of a commit does to the tree."""
     path = value["path"]
     if key == "file":
         return {path: small_file(b64decode(value["content"]))}
     if key == "lfsFile":
-        content = state.objects.by_sha256.get(value["oid"])
+        content = state.objects.by_sha256[value["oid"]] if value["oid"] in repository.objects else None
         if content is None or value.get("size", content.size) != content.size:
             raise Refusal(400, f"LFS pointer pointed to a file that does not exist: {path}")
         return {path: large_file(value["oid"], content)}
@@ -100,23 +102,26 @@ def lfs_batch(state: State, request: Request) -> Response:
 
 def upload_actions(state: State, repository: Repository, sha256: str, size: int) -> dict[str, Any]:
     """What a client is to do to upload an object; nothing where it is there."""
-    if sha256 in state.objects.by_sha256:
+    if sha256 in repository.objects:
         return {"oid": sha256, "size": size}
-    url, signature = f"{state.cdn_url}/lfs/{sha256}", f"?signature={state.signature(sha256)}"
-    upload: dict[str, Any] = {"href": url + signature, "header": {}}
+    path = f"/lfs/{sha256}"
+    upload: dict[str, Any] = {"href": state.signed(path, repository), "header": {}}
     if size > state.part_size:
         count = -(-size // state.part_size)
-        parts = {f"{num:05d}": f"{url}/parts/{num}{signature}" for num in range(1, count + 1)}
-        upload = {"href": f"{url}/complete{signature}", "header": {"chunk_size": str(state.part_size), **parts}}
+        parts = {f"{num:05d}": state.signed(f"{path}/parts/{num}", repository) for num in range(1, count + 1)}
+        upload = {
+            "href": state.signed(f"{path}/complete", repository),
+            "header": {"chunk_size": str(state.part_size), **parts},
+        }
     verify = {"href": f"{state.hub_url}/{repository.id}.git/info/lfs/objects/verify", "header": {}}
     return {"oid": sha256, "size": size, "actions": {"upload": upload, "verify": verify}}
 
 
 @hub.on("POST", "/{id}.git/info/lfs/objects/verify")
 def lfs_verify(state: State, request: Request) -> Response:
-    state.writable(request, pull_request=True)
+    repository, _ = state.writable(request, pull_request=True)
     wanted = request.json()
     content = state.objects.by_sha256.get(wanted["oid"])
-    if content is None or content.size != wanted["size"]:
+    if content is None or wanted["oid"] not in repository.objects or content.size != wanted["size"]:
         raise Refusal(404, "The object was not uploaded")
     return answer({"message": "Object verified"})

@@ -60,7 +60,7 @@ def resolve(state: State, request: Request) -> Response:
     if file.sha256 is None:
         headers |= {"ETag": f'"{file.oid}"', "Content-Type": "text/plain; charset=utf-8"}
         return ranged(request, file.content, headers)
-    headers["Location"] = f"{state.cdn_url}/lfs/{file.sha256}?signature={state.signature(file.sha256)}"
+    headers["Location"] = state.signed(f"/lfs/{file.sha256}", repository)
     headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
     if name := state.xet_hash(file):
         token_url = f"{state.hub_url}/api/models/{repository.id}/xet-read-token/{quote(commit.oid, safe='')}"
@@ -70,8 +70,9 @@ def resolve(state: State, request: Request) -> Response:
 
 @hub.on("GET", "/api/models/{id}/xet-read-token/{rev}")
 def xet_read_token(state: State, request: Request) -> Response:
-    state.downloadable(request).at(request.args["rev"])
-    return xet_token(state, "read")
+    repository = state.downloadable(request)
+    repository.at(request.args["rev"])
+    return xet_token(state, "read", repository)
 
 
 @hub.on("GET", "/api/models/{id}/xet-write-token/{rev}")
@@ -79,13 +80,13 @@ def xet_write_token(state: State, request: Request) -> Response:
     repository, _ = state.committable(request)
     if not request.flag("create_pr"):  # then the revision is the word None
         repository.at(request.args["rev"])
-    return xet_token(state, "write")
+    return xet_token(state, "write", repository)
 
 
-def xet_token(state: State, scope: str) -> Response:
+def xet_token(state: State, scope: str, repository: Repository) -> Response:
     """A token for the other origin: hf_xet reads the body, huggingface_hub the headers."""
     if not state.xet:
         raise Refusal(404, "Not found")
-    token, expires = state.xet_token(scope)
+    token, expires = state.xet_token(scope, repository)
     headers = {"X-Xet-Cas-Url": state.cdn_url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
     return answer({"casUrl": state.cdn_url, "accessToken": token, "exp": expires}, headers=headers)

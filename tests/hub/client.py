@@ -4,9 +4,11 @@ Importing it takes a second, and it reads HF_ENDPOINT only then: so one client s
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +30,25 @@ for line in sys.stdin:
         text = json.dumps({"error": kinds, "text": str(error)})
     print(text, file=answers, flush=True)
 """
+
+
+# What a developer's own environment says about the Hub, or about the way to it, is not for the tests.
+FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "XET_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+
+def environment(url: str, cache: Path, *, token: str | None, xet: bool) -> dict[str, str]:
+    """The environment in which a new process finds the Hub at `url`, and keeps in `cache` what it keeps."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(FOREIGN)}
+    return {
+        **kept,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_XET_XORB_COMPRESSION_POLICY": "none",
+        **({"HF_TOKEN": token} if token else {}),
+        **({} if xet else {"HF_HUB_DISABLE_XET": "1"}),
+    }
 
 
 class ClientError(Exception):

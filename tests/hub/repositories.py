@@ -71,7 +71,10 @@ class Discussion:
 
 @dataclass
 class Repository:
-    """One model repository. `refs` are by full name: refs/heads/main, refs/tags/v1, refs/pr/1."""
+    """One model repository. `refs` are by full name: refs/heads/main, refs/tags/v1, refs/pr/1.
+
+    `objects` are the large files that were uploaded for it, whether committed or not, by sha256.
+    """
 
     id: str
     creator: str
@@ -79,6 +82,7 @@ class Repository:
     private: bool = False
     gated: Gated = False
     granted: set[str] = field(default_factory=set)
+    objects: set[str] = field(default_factory=set)
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
     discussions: list[Discussion] = field(default_factory=list)

@@ -1,6 +1,5 @@
 """LocalHub: a Hub on two origins of the loopback, and the side door to seed, read and break it without a client."""
 
-import os
 import tempfile
 import threading
 import traceback
@@ -15,6 +14,7 @@ from tests.hub.accounts import OrgRole, TokenRole
 from tests.hub.api import hub as hub_routes
 from tests.hub.calls import Call
 from tests.hub.cdn import cdn as cdn_routes
+from tests.hub.client import environment
 from tests.hub.faults import Fault, FaultPlan, Kind
 from tests.hub.objects import readable
 from tests.hub.origins import Origins
@@ -26,8 +26,6 @@ ROUTES: Mapping[str, Routes[State]] = {"hub": hub_routes, "cdn": cdn_routes}
 PARTS = (api_commits, api_files, api_models, api_refs, api_repos)  # importing them fills the routes
 CONTROL = "/__"
 Content = bytes | str | Path
-# What a developer's own environment says about the Hub, or about the way to it, is not for the tests.
-FOREIGN = ("HF_", "HUGGING", "TRANSFORMERS_", "XET_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
 
 class LocalHub:
@@ -153,7 +151,7 @@ class LocalHub:
         with self.lock:
             repository = self.repository(repo)
             changed = {
-                path: None if content is None else self.state.stored(path, readable(content))
+                path: None if content is None else self.state.stored(repository, path, readable(content))
                 for path, content in files.items()
             }
             tree = apply(repository.at(revision).files, changed)
@@ -255,14 +253,4 @@ class LocalHub:
 
     def env(self, *, token: str | None = None, cache: Path | None = None, xet: bool = True) -> dict[str, str]:
         """The environment in which a new process finds this Hub, with its own cache and with or without Xet."""
-        kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(FOREIGN)}
-        return {
-            **kept,
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(cache or self.home.name),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "HF_XET_XORB_COMPRESSION_POLICY": "none",
-            **({"HF_TOKEN": token} if token else {}),
-            **({} if xet else {"HF_HUB_DISABLE_XET": "1"}),
-        }
+        return environment(self.url, cache or Path(self.home.name), token=token, xet=xet)

@@ -3,7 +3,9 @@
 import secrets
 import time
 from datetime import UTC, datetime
+from hashlib import sha256
 from typing import Any
+from urllib.parse import urlencode
 
 from tests.hub.accounts import Accounts, Token
 from tests.hub.objects import Objects
@@ -34,7 +36,7 @@ class State:
         self.accounts = Accounts()
         self.repositories: dict[str, Repository] = {}
         self.collections: dict[str, dict[str, Any]] = {}
-        self.xet_tokens: dict[str, tuple[str, float]] = {}
+        self.xet_tokens: dict[str, tuple[str, Repository, int]] = {}
         self.parts: dict[tuple[str, int], Readable] = {}
         self.secret = secrets.token_hex(8)
         self.clock = EPOCH
@@ -54,11 +56,12 @@ class State:
         self.repositories[repo_id] = repository
         return repository
 
-    def stored(self, path: str, content: Readable) -> File:
-        """A file with its contents kept, as a large or a small one."""
+    def stored(self, repository: Repository, path: str, content: Readable) -> File:
+        """A file of a repository with its contents kept, as a large or a small one."""
         if is_large(path, content.size):
-            sha256 = self.objects.put(content)
-            return large_file(sha256, self.objects.by_sha256[sha256])
+            oid = self.objects.put(content)
+            repository.objects.add(oid)
+            return large_file(oid, self.objects.by_sha256[oid])
         return small_file(content.read(0, content.size))
 
     def xet_hash(self, file: File) -> str | None:
@@ -125,15 +128,20 @@ class State:
 
     # Xet's own tokens
 
-    def xet_token(self, scope: str) -> tuple[str, int]:
+    def xet_token(self, scope: str, repository: Repository) -> tuple[str, int]:
         """A new token for the CAS origin, and when it ends."""
         token, expires = f"xet_{secrets.token_hex(8)}", int(time.time() + self.token_seconds)
-        self.xet_tokens[token] = (scope, expires)
+        self.xet_tokens[token] = (scope, repository, expires)
         return token, expires
 
-    def signature(self, sha256: str) -> str:
+    def signed(self, path: str, repository: Repository) -> str:
+        """A URL of the CDN for one path, on behalf of a repository."""
+        query = {"repository": repository.id, "signature": self.signature(path, repository.id)}
+        return f"{self.cdn_url}{path}?{urlencode(query)}"
+
+    def signature(self, path: str, repo_id: str) -> str:
         """What a signed URL of the CDN carries."""
-        return f"{self.secret}{sha256[:8]}"
+        return sha256(f"{self.secret} {path} {repo_id}".encode()).hexdigest()[:16]
 
 
 def stamp(seconds: int) -> str:

@@ -59,7 +59,6 @@ api.upload_folder(repo_id=repo, folder_path=source)
     xet_client.run(code, token=token, repo="alice/over-xet", source=source)
     assert hub.calls("POST /v1/shards")  # not its xorbs: a client remembers those that it has sent once
     assert not hub.calls("PUT /lfs/*")
-    hub.state.objects.by_sha256.clear()
     hub.clear_calls()
     lfs_client.run(code, token=token, repo="alice/over-lfs", source=source)
     assert hub.calls("PUT /lfs/*")
@@ -107,9 +106,10 @@ hf.HfApi(token=token).create_commit('org/a', operations, commit_message='Tidy')
         client.run(code, token=token)
 
 
-def test_a_large_file_that_was_never_uploaded_cannot_be_committed(hub: LocalHub, lfs_client: Client) -> None:
+def test_a_large_file_that_was_never_uploaded_there_cannot_be_committed(hub: LocalHub, lfs_client: Client) -> None:
     token = hub.user("org")
     hub.create("org/a")
+    hub.create("elsewhere/private", {"w.safetensors": b"never uploaded"}, private=True)
     code = """
 operation = hf.CommitOperationAdd('w.safetensors', b'never uploaded')
 operation._upload_mode, operation._is_uploaded = 'lfs', True
@@ -130,14 +130,15 @@ def test_lfs_uploads_go_in_parts_where_they_are_large(hub: LocalHub, lfs_client:
     assert hub.read("org/a", "w.safetensors") == WEIGHTS
 
 
-def test_an_object_that_is_there_already_is_not_sent_again(hub: LocalHub, lfs_client: Client, tmp_path: Path) -> None:
+def test_an_object_is_sent_once_to_a_repository_but_to_each(hub: LocalHub, lfs_client: Client, tmp_path: Path) -> None:
     token, source = hub.user("org"), folder(tmp_path / "source")
     hub.create("org/a", {"w.safetensors": WEIGHTS})
     hub.create("org/b")
-    files = {"w.safetensors": [str(source / "adapter_model.safetensors")]}
-    lfs_client.run(COMMIT, token=token, repo="org/b", files=files, how={})
-    assert hub.read("org/b", "w.safetensors") == WEIGHTS
-    assert not hub.calls("PUT *")
+    files = {"again.safetensors": [str(source / "adapter_model.safetensors")]}
+    for repo, count in (("org/a", 0), ("org/b", 1)):
+        lfs_client.run(COMMIT, token=token, repo=repo, files=files, how={})
+        assert hub.read(repo, "again.safetensors") == WEIGHTS
+        assert len(hub.calls("PUT *")) == count
 
 
 def test_a_stranger_proposes_by_pull_request_and_the_owner_merges(hub: LocalHub, client: Client) -> None:

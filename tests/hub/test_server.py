@@ -56,12 +56,11 @@ def test_two_hundred_repositories_are_cheap_to_make_and_to_list(hub: LocalHub, x
     start = time.perf_counter()
     for number in range(200):
         hub.create(f"org/client-{number}", {"README.md": card, "w.safetensors": str(number), "config.json": "{}"})
-    made = time.perf_counter() - start
-    assert made < 1
+    assert time.perf_counter() - start < 3
     code = "result = [(m.id, m.sha) for m in api.list_models(author='org', search='client-', expand=['sha'])]"
     start = time.perf_counter()
     listed = dict(xet_client.run(code))
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 3
     assert listed == {f"org/client-{number}": hub.head(f"org/client-{number}") for number in range(200)}
     assert len(hub.calls()) == 1
 

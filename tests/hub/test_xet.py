@@ -40,7 +40,7 @@ def test_a_file_is_put_together_from_the_segments_of_its_shard(verified: bool) -
     store, objects = xet.XetStore(), Objects()
     store.put_xorb(XORB_HASH, chunk(b"one ") + chunk(b"two ") + chunk(b"three") + b"XETBLOB and a footer")
     sha256 = sha256_of(Bytes(b"two threeone "))
-    store.put_shard(shard(sha256, [(9, 1, 3), (4, 0, 1)], verified=verified), objects)
+    assert list(store.put_shard(shard(sha256, [(9, 1, 3), (4, 0, 1)], verified=verified), objects)) == [sha256]
     assert objects.by_sha256[sha256].read(0, 100) == b"two threeone "
     assert store.hash_of(sha256, objects.by_sha256[sha256]) == FILE_HASH
 
@@ -48,16 +48,16 @@ def test_a_file_is_put_together_from_the_segments_of_its_shard(verified: bool) -
 def test_a_shard_that_does_not_fit_its_xorbs_is_refused() -> None:
     store, right = xet.XetStore(), sha256_of(Bytes(b"one "))
     with pytest.raises(Refusal, match="never sent"):
-        store.put_shard(shard(right, [(4, 0, 1)], verified=True), Objects())
+        list(store.put_shard(shard(right, [(4, 0, 1)], verified=True), Objects()))
     store.put_xorb(XORB_HASH, chunk(b"one "))
     for sha256, segment, complaint in (
         (right, (5, 0, 1), "not as long"),
         ("3" * 64, (4, 0, 1), "not what its sha256 says"),
     ):
         with pytest.raises(Refusal, match=complaint):
-            store.put_shard(shard(sha256, [segment], verified=True), Objects())
+            list(store.put_shard(shard(sha256, [segment], verified=True), Objects()))
     with pytest.raises(Refusal, match="ends within"):
-        store.put_shard(shard(right, [(4, 0, 1)], verified=True)[:-48], Objects())
+        list(store.put_shard(shard(right, [(4, 0, 1)], verified=True)[:-48], Objects()))
 
 
 def test_compressed_chunks_are_read() -> None:

@@ -146,7 +146,7 @@ class XetStore:
         self.xorbs[xorb_hash] = self.objects.keep(data)
         return new
 
-    def put_shard(self, shard: bytes, objects: Objects) -> None:
+    def put_shard(self, shard: bytes, objects: Objects) -> Iterator[str]:
         """Puts each file of a shard together, checks it against its sha256 and makes an LFS object of it."""
         for file in shard_files(shard):
             data = b"".join(self.segment(part) for part in file.segments)
@@ -155,6 +155,7 @@ class XetStore:
                 raise Refusal(400, f"The file {file.hash} is not what its sha256 says")
             self.files[file.hash] = objects.by_sha256[sha256]
             self.hashes[sha256] = file.hash
+            yield sha256
 
     def segment(self, part: Segment) -> bytes:
         """The contents of a segment."""
