@@ -45,18 +45,21 @@ class Description:
 
 @dataclass(frozen=True)
 class PeftFolder(Description):
-    """An accepted adapter folder; an `Adapter` whose updates are read from the file when asked for."""
+    """An accepted adapter folder; an `Adapter` whose updates are read from the file when asked for.
+
+    `small` is the sha256 of each small file, of the very bytes that were parsed.
+    """
 
     folder: Path
     file: SafetensorsFile
+    small: Mapping[str, str]
 
     def __getitem__(self, module: str) -> Update:
         return self.stored[module].load(self.file)
 
     def sha256(self) -> dict[str, str]:
-        """The sha256 of each file that the merge reads, by name."""
-        names = [CONFIG_NAME, WEIGHTS_NAME, *([FILE_NAME] if self.statement else [])]
-        return {name: file_sha256(self.folder / name) for name in names}
+        """The sha256 of each file that the merge reads, by name: of what was opened, whatever its path holds now."""
+        return {**self.small, WEIGHTS_NAME: self.file.sha256()}
 
     def close(self) -> None:
         self.file.close()
@@ -70,18 +73,24 @@ def open_folder(folder: Path) -> PeftFolder:
     """
     names = [name for name in (*READ_NAMES, PICKLE_NAME) if (folder / name).exists()]
     opened: list[SafetensorsFile] = []
+    small: dict[str, str] = {}
+
+    def read(name: str, limit: int) -> bytes:
+        text = _read_small(folder / name, limit)
+        small[name] = hashlib.sha256(text).hexdigest()
+        return text
 
     def entries() -> Mapping[str, TensorEntry]:
         opened.append(open_safetensors(folder / WEIGHTS_NAME))
         return opened[0].entries
 
     try:
-        found = describe(names, lambda name, limit: _read_small(folder / name, limit), entries)
+        found = describe(names, read, entries)
     except BaseException:
         for file in opened:
             file.close()
         raise
-    return PeftFolder(found.config, found.statement, found.stored, folder, opened[0])
+    return PeftFolder(found.config, found.statement, found.stored, folder, opened[0], small)
 
 
 def describe(

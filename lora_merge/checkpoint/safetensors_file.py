@@ -5,6 +5,7 @@ are read with `pread`, so a file that shrinks under us is an error and not a SIG
 clients do not count as our memory.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -73,6 +74,14 @@ class SafetensorsFile:
         if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise FileRefused(name, "holds NaN or infinity")
         return tensor
+
+    def sha256(self) -> str:
+        """The sha256 of the whole file, in hex, read through the open descriptor."""
+        digest, buffer, done = hashlib.sha256(), bytearray(1 << 20), 0
+        while count := os.preadv(self.descriptor, [buffer], done):
+            digest.update(memoryview(buffer)[:count])
+            done += count
+        return digest.hexdigest()
 
     def unchanged(self) -> bool:
         """Whether the file is still the one that was opened."""
