@@ -41,10 +41,10 @@ def test_half_precision_survives_being_merged_again(plain: Folders, tmp_path: Pa
     assert error(PLAIN, tmp_path / "again", mean_model(PLAIN, [tmp_path / "bf16"], [1.0])) < TOLERANCE
 
 
-def test_the_output_holds_its_four_files_and_can_be_read_by_others(plain: Folders, tmp_path: Path) -> None:
+def test_the_output_holds_its_five_files_and_can_be_read_by_others(plain: Folders, tmp_path: Path) -> None:
     aggregate(plain, tmp_path / "global")
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "global").iterdir()}
-    wanted = {"adapter_config.json", "adapter_model.safetensors", "aggregation.json", "README.md"}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "aggregation.json", "lora-merge.lock", "README.md"}
     assert set(modes) == wanted
     assert {mode | 0o022 for mode in modes.values()} == {0o666}
 
