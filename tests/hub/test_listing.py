@@ -179,7 +179,7 @@ def test_a_collection_names_its_models_in_order(hub: LocalHub, xet_client: Clien
 
 
 def test_trees_and_files_have_the_ids_that_git_gives_them(hub: LocalHub, tmp_path: Path) -> None:
-    files = {"b.txt": "1", "b/c.txt": "2", "b/d/e.txt": "3", "b-c/f.txt": "4", "b.d/g.txt": "5"}
+    files = {"a/b.txt": "1", "a/b/c.txt": "2", "a/b/d/e.txt": "3", "a/b-c/f.txt": "4", "a/b.d/g.txt": "5"}
     hub.create("org/a", files)
     commit = hub.history("org/a")[0]
     for path in commit.files:
