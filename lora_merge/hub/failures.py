@@ -75,7 +75,7 @@ def _from_answer(error: hub.HfHubHTTPError, repo: str) -> LoraMergeError:
         return NotFoundError(f"{repo} has no such revision.", hint=f"See {endpoint()}/{repo}/commits/main")
     if isinstance(error, hub.RemoteEntryNotFoundError):
         return NotFoundError(f"{repo} has no such file.", hint=f"See {endpoint()}/{repo}/tree/main")
-    if status == 401 and "nvalid credentials" in str(error):
+    if status == 401 and re.search("[Ii]nvalid (credentials|user token)", str(error)):  # the latter of whoami alone
         return NotFoundError("The Hub does not know your token: it is wrong or has expired.", hint="hf auth login")
     if isinstance(error, hub.RepositoryNotFoundError) or status in (401, 404):
         return NotFoundError(

@@ -21,7 +21,7 @@ _FORMS: Mapping[str, str] = {
     "an Azure storage key": r"AccountKey=[A-Za-z0-9+/]{40,}={0,2}",
     "a GitHub token": rf"{_START}(?:gh[pousr]_[A-Za-z0-9]{{20,}}|github_pat_[A-Za-z0-9_]{{20,}})",
     "a GitLab token": rf"{_START}gl(?:pat|dt|rt|cbt|ptt|oas)-[A-Za-z0-9_\-]{{20,}}",
-    "an API key of the form sk-…": rf"{_START}sk-(?=[A-Za-z_\-]*[0-9])[A-Za-z0-9_\-]{{20,}}",
+    "an API key of the form sk-…": rf"{_START}sk-(?=[A-Za-z_\-]{{0,100}}[0-9])[A-Za-z0-9_\-]{{20,}}",
     "a Stripe key": rf"{_START}[sr]k_(?:live|test)_[A-Za-z0-9]{{16,}}",
     "a Slack token": rf"{_START}xox[abeoprs]-[A-Za-z0-9\-]{{10,}}",
     "an npm token": rf"{_START}npm_[A-Za-z0-9]{{36}}",
@@ -29,7 +29,7 @@ _FORMS: Mapping[str, str] = {
     "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d",
     "a JSON web token": rf"{_START}eyJ[A-Za-z0-9_\-]{{8,}}\.eyJ[A-Za-z0-9_\-]{{8,}}\.[A-Za-z0-9_\-]*",
     "an authorization header": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+[\w+/=.\-]{8,}",
-    "a password in an address": r"[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@",
+    "a password in an address": r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@",
     "a path of a home folder": rf"{_POSIX_HOME}|(?<![\w.:/\-])(?:file:/*)?/root/",
     "a path of a Windows home folder": r"(?i)(?<![a-z])[a-z]:[\\/]+(?:users|documents and settings)[\\/]+[^\s\\/\"']",
 }
