@@ -4,6 +4,7 @@ huggingface_hub passes `timeout=None` to most of its calls and sleeps as long as
 client from a factory, so ours is one that times out, waits and gives up by our own rules, and says so.
 """
 
+import os
 import re
 import threading
 import time
@@ -26,6 +27,17 @@ BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names n
 TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
 CALL_SECONDS = 60.0
 SLOWEST_BYTES_A_SECOND = 10_000
+# Xet has a client of its own, which would wait five minutes for a byte, and hold 1.5 GB of them. It reads these from
+# the environment when its first transfer begins; what the user has set there stays.
+XET_SETTINGS = {
+    "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
+    "HF_XET_CLIENT_READ_TIMEOUT": "30s",
+    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "256mb",
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "256mb",
+    "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_PERFILE_SIZE": "64mb",
+    "HF_XET_RECONSTRUCTION_MIN_PREFETCH_BUFFER": "64mb",
+}
 
 _BUSY = (408, 429, 500, 502, 503, 504)
 # These only ask, whatever their method; asking twice does no harm.
@@ -43,11 +55,15 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     patience = Patience(max_wait, tell)
     before = library._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: HubClient(patience))
+    added = {name: value for name, value in XET_SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield HfApi(library_name="lora-merge", library_version=__version__)
     finally:
         patience.end()
         set_client_factory(before)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 class Patience:
@@ -68,11 +84,16 @@ class Patience:
                 f"{why}{asked}; gave up after {waited:.0f} s.", hint="Try again later, or raise --max-wait."
             )
         self._say(seconds, why)
-        if self._ended.wait(seconds):
+        self._ended.wait(seconds)
+        self.require_going_on()
+
+    def require_going_on(self) -> None:
+        """Raise where the session has ended, or was interrupted: nobody wants the answer any more."""
+        if self._ended.is_set():
             raise NetworkError("The session with the Hub has ended.")
 
     def end(self) -> None:
-        """Wake whoever waits."""
+        """Wake whoever waits, and stop every download at its next bytes."""
         self._ended.set()
 
     def _say(self, seconds: float, why: str) -> None:
@@ -119,11 +140,13 @@ class HubClient(httpx2.Client):
         raise AssertionError("unreachable")
 
     def _send_once(self, request: httpx2.Request, stream: bool, **options: Any) -> httpx2.Response:
+        self.patience.require_going_on()
         response = super().send(request, stream=True, **options)
         length = response.headers.get("Content-Length", "")
         size = int(length) if length.isdigit() else 0
         assert isinstance(response.stream, httpx2.SyncByteStream)
-        response.stream = _Deadline(response.stream, CALL_SECONDS + size / SLOWEST_BYTES_A_SECOND)
+        seconds = CALL_SECONDS + size / SLOWEST_BYTES_A_SECOND
+        response.stream = _Deadline(response.stream, seconds, self.patience)
         if not stream:
             try:
                 response.read()
@@ -135,12 +158,13 @@ class HubClient(httpx2.Client):
 class _Deadline(httpx2.SyncByteStream):
     """A body that must arrive in time: a server that sends a byte now and then never trips a read timeout."""
 
-    def __init__(self, body: httpx2.SyncByteStream, seconds: float) -> None:
-        self._body = body
+    def __init__(self, body: httpx2.SyncByteStream, seconds: float, patience: Patience) -> None:
+        self._body, self._patience = body, patience
         self._until = time.monotonic() + seconds
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._body:
+            self._patience.require_going_on()
             if time.monotonic() > self._until:
                 raise NetworkError("The Hub answers too slowly.", hint="Try again later.")
             yield chunk

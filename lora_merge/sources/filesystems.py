@@ -6,6 +6,7 @@ Such places have no commits: what was listed must still be there when it is fetc
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,16 @@ def open_store() -> Iterator[Path]:
 
 
 class FilesystemRoom:
-    """fsspec's file systems as places that adapters come from; `store` is an `open_store`."""
+    """fsspec's file systems as places that adapters come from.
 
-    def __init__(self, store: Path) -> None:
+    Attributes:
+        store: an `open_store`.
+        stopped: ends a copy at its next bytes when it is set.
+    """
+
+    def __init__(self, store: Path, stopped: threading.Event) -> None:
         self.store: Path | None = store
+        self.stopped = stopped
 
     def expand(self, source: str) -> list[AdapterRef]:
         """The folders that a URL names, or that match its pattern.
@@ -96,7 +103,7 @@ class FilesystemRoom:
                 with _Translated(candidate.ref.place):
                     source = filesystem.open(f"{folder}/{file.name}", "rb")
                 with source, (work / file.name).open("wb") as target:
-                    _copy(source, target, candidate.ref.place, advance)
+                    self._copy(source, target, candidate.ref.place, advance)
         except OSError as error:
             raise StorageError(f"{candidate.ref.place} cannot be copied here: {error.strerror or error}.") from error
         changed = [file for file in candidate.files.values() if (work / file.name).stat().st_size != file.size]
@@ -107,15 +114,14 @@ class FilesystemRoom:
     def missing_bytes(self, candidate: Candidate) -> int:
         return candidate.size
 
-
-def _copy(source: Any, target: Any, place: str, advance: Advance) -> None:
-    while True:
-        with _Translated(place):
-            chunk = source.read(CHUNK)
-        if not chunk:
-            return
-        target.write(chunk)
-        advance(len(chunk))
+    def _copy(self, source: Any, target: Any, place: str, advance: Advance) -> None:
+        while not self.stopped.is_set():
+            with _Translated(place):
+                chunk = source.read(CHUNK)
+            if not chunk:
+                return
+            target.write(chunk)
+            advance(len(chunk))
 
 
 def _open(url: str) -> tuple[Any, str]:

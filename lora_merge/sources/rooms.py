@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from lora_merge.errors import NetworkError, StorageError, UsageError, one_line
+from lora_merge.errors import StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom, open_store
 from lora_merge.sources.local import LocalRoom, is_folder, names_of
 from lora_merge.sources.parallel import for_each
@@ -39,6 +39,7 @@ class Rooms:
 
     def __init__(self, stack: ExitStack, max_wait: float, tell: Tell) -> None:
         self._stack, self._max_wait, self._tell = stack, max_wait, tell
+        self._stopped = threading.Event()
         self.notes: list[str] = []
 
     def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
@@ -72,26 +73,18 @@ class Rooms:
         missing = {candidate.ref: candidate.ref.room.missing_bytes(candidate) for candidate in candidates}
         _require_space(missing)
         lock = threading.Lock()
-        stopped = False
-
-        def stop() -> None:
-            nonlocal stopped
-            stopped = True
-            self.interrupt()
-
         with progress("Downloading", sum(missing.values()), "bytes") if any(missing.values()) else _silent() as advance:
 
             def count(size: int) -> None:
-                if stopped:
-                    raise NetworkError("The download was stopped.")
                 with lock:
                     advance(size)
 
             work = lambda candidate: candidate.ref.room.fetch(candidate, count)  # noqa: E731
-            return for_each(work, candidates, lambda candidate: candidate.ref.source, stop)
+            return for_each(work, candidates, lambda candidate: candidate.ref.source, self.interrupt)
 
     def interrupt(self) -> None:
-        """Make every call to the Hub that waits or downloads end soon."""
+        """Make everything that waits or downloads end soon."""
+        self._stopped.set()
         if "_hub" in vars(self):
             from lora_merge.hub.client import interrupt
 
@@ -120,7 +113,7 @@ class Rooms:
 
     @cached_property
     def _filesystem(self) -> Room:
-        return FilesystemRoom(self._stack.enter_context(open_store()))
+        return FilesystemRoom(self._stack.enter_context(open_store()), self._stopped)
 
     @cached_property
     def _hub(self) -> Room:

@@ -1,6 +1,5 @@
 """The local Hub, and `lora-merge aggregate` against it, over Xet and without."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from tests.hub.client import Client
 from tests.hub.fixture import hub, running_hub
 from tests.hub.server import LocalHub
-from tests.sources.federation import Puller
+from tests.sources.federation import Puller, impatient
 
 __all__ = ["hub", "running_hub"]
 
@@ -20,7 +19,9 @@ def pullers(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> 
     made = {}
     for xet in (True, False):
         home = tmp_path_factory.mktemp("home")
-        made[xet] = Puller(Client(running_hub.env(cache=home, xet=xet)), home, tmp_path_factory.mktemp("folder"))
+        made[xet] = Puller(
+            Client(impatient(running_hub.env(cache=home, xet=xet))), home, tmp_path_factory.mktemp("folder")
+        )
     yield made
     for puller in made.values():
         puller.client.close()
@@ -39,5 +40,5 @@ def pull_once(hub: LocalHub, pullers: dict[bool, Puller], tmp_path: Path) -> Pul
 
 
 def _fresh(puller: Puller, folder: Path) -> Puller:
-    shutil.rmtree(puller.home / "hub", ignore_errors=True)
+    puller.forget()
     return Puller(puller.client, puller.home, folder)

@@ -1,6 +1,7 @@
 """Small adapters on the local Hub, and the command line run against it as a user runs it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ from lora_merge.cli.main import main
 from lora_merge.hub import client
 _xet.XET_CONNECTION_INFO_CACHE.clear()
 client.TIMEOUT, client.CALL_SECONDS = httpx2.Timeout(timeout), timeout
+client.XET_SETTINGS |= {
+    "HF_XET_CLIENT_READ_TIMEOUT": f"{timeout}s", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+    "HF_XET_CLIENT_RETRY_MAX_DURATION": f"{3 * timeout}s",
+}
 client.BACKOFF = (0.01, 0.02, 0.05, 0.1)
 os.environ.pop("HF_TOKEN", None)
 if token:
@@ -67,6 +72,11 @@ class Puller:
         given = {"arguments": arguments, "token": token, "lines": lines, "folder": self.folder, "timeout": timeout}
         return Ran(*self.client.run(RUN, **given))
 
+    def forget(self) -> None:
+        """Empty the cache."""
+        for name in ("hub", "xet"):
+            shutil.rmtree(self.home / name, ignore_errors=True)
+
     @property
     def cached(self) -> list[Path]:
         """The files of the cache that hold contents, or a part of them."""
@@ -90,6 +100,11 @@ def publish(hub: LocalHub, count: int, *, width: int = 64, **options: Any) -> di
         repo: hub.create(repo, adapter(repo, num_examples=10 * i + 10, width=width, seed=i), **options)
         for i, repo in enumerate(f"org/client-{i}" for i in range(count))
     }
+
+
+def impatient(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which the library's own timeouts are a second."""
+    return {**environment, "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 from tests.conftest import digests
 from tests.hub.client import Client
 from tests.hub.server import LocalHub
-from tests.sources.federation import Puller, publish
+from tests.sources.federation import Puller, impatient, publish
 
 CLIENTS = 2
 TIMEOUT, MAX_WAIT, DEADLINE = 1.0, 2.0, 40.0  # seconds: of a read, of all waits of a call, of the command
@@ -112,8 +112,7 @@ class Bench:
         return f"exit {code}"
 
     def pull(self, puller: Puller) -> tuple[int, str]:
-        shutil.rmtree(puller.home / "hub", ignore_errors=True)
-        shutil.rmtree(puller.home / "xet", ignore_errors=True)
+        puller.forget()
         shutil.rmtree(puller.folder / "global", ignore_errors=True)
         ran = puller("org/client-*", "-o", "global", "--max-wait", str(MAX_WAIT), timeout=TIMEOUT)
         errors = [line for line in ran.err.splitlines() if not line.startswith("warning: ")]
@@ -132,7 +131,7 @@ def bench() -> Iterator[Bench]:
         for xet in (True, False):
             home, work = Path(folder, f"home-{xet}"), Path(folder, f"work-{xet}")
             work.mkdir()
-            pullers[xet] = Puller(Client(hub.env(cache=home, xet=xet)), home, work)
+            pullers[xet] = Puller(Client(impatient(hub.env(cache=home, xet=xet))), home, work)
         made = Bench(hub, pullers)
         made.prepare()
         yield made

@@ -1,0 +1,136 @@
+"""Downloads: every byte is hashed, whole files stay, partial ones go; waits are shown and end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import digests
+from tests.hub.server import LocalHub
+from tests.sources.federation import Puller, adapter, publish
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("name", sorted(adapter("org/client-0")))
+def test_a_flipped_bit_is_fetched_again_once_and_then_refused(hub: LocalHub, pull: Puller, name: str) -> None:
+    publish(hub, 1)
+    assert pull("org/client-0", "-o", "clean").code == 0
+    whole = digests(pull.folder / "clean")
+    pull.forget()
+    # Small files come from the Hub itself; the weights from the CDN, or in Xet's chunks (behind their 8-byte headers).
+    on = ["GET /lfs/*", "GET /xorbs/*"] if name == WEIGHTS else [f"GET */{name}"]
+    faults = [hub.fault(pattern, "flip", times=1) for pattern in on]
+    ran = pull("org/client-0", "-o", "global")
+    assert (ran.code, digests(pull.folder / "global")) == (0, whole), ran.err
+    assert any(fault.hits for fault in faults)
+    pull.forget()
+    for pattern in on:
+        hub.fault(pattern, "flip", times=None)
+    ran = pull("org/client-0", "-o", "again")
+    assert ran.code in (3, 5), ran.err
+    assert not (pull.folder / "again").exists()
+
+
+@pytest.mark.parametrize("name", sorted(adapter("org/client-0")))
+def test_a_file_that_was_corrupted_in_the_cache_is_fetched_again(hub: LocalHub, pull: Puller, name: str) -> None:
+    publish(hub, 1)
+    assert pull("org/client-0", "-o", "clean").code == 0
+    cached = next(pull.home.glob(f"hub/models--org--client-0/snapshots/*/{name}")).resolve()
+    content = bytearray(cached.read_bytes())
+    content[-1 if name == WEIGHTS else len(content) // 2] ^= 1
+    cached.write_bytes(content)
+    ran = pull("org/client-0", "-o", "global")
+    assert ran.code == 0
+    assert digests(pull.folder / "global") == digests(pull.folder / "clean")
+
+
+def test_a_file_that_was_planted_in_the_cache_is_refused(hub: LocalHub, pull_once: Puller) -> None:
+    files = adapter("org/client-0")
+    statement = files.pop("lora_merge.json")
+    hub.create("org/client-0", files)
+    assert pull_once("org/client-0", "-o", "global", "--weights", "uniform").code == 0
+    folder = next(pull_once.home.glob("hub/models--org--client-0/snapshots/*"))
+    (folder / "lora_merge.json").write_bytes(statement)
+    ran = pull_once("org/client-0", "-o", "again", "--weights", "uniform")
+    assert ran.code == 3
+    assert "lies in the cache" in ran.err
+
+
+def test_waits_are_shown_and_end_at_max_wait(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 2)
+    hub.fault("GET /api/models", "status", status=429, retry_after=1, times=1)
+    began = time.monotonic()
+    ran = pull_once("org/client-*", "-o", "global")
+    assert ran.code == 0
+    assert time.monotonic() - began > 1
+    assert "127.0.0.1 answers 429; trying again in 1 s.\n" in ran.err
+    hub.fault("GET /api/models", "status", status=429, retry_after=3600, times=None)
+    began = time.monotonic()
+    ran = pull_once("org/client-*", "-o", "again", "--max-wait", "60")
+    assert time.monotonic() - began < 5
+    assert (ran.code, ran.err.splitlines()) == (
+        5,
+        [
+            "error: 127.0.0.1 answers 429 and asks to wait 3600 s; gave up after 0 s.",
+            "hint: Try again later, or raise --max-wait.",
+        ],
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_exit_5(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "lora_merge", "aggregate", "org/client-*", "-o", "global", "--max-wait", "0"]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (5, "")
+    assert ran.stderr.startswith("error: 127.0.0.1 cannot be reached")
+
+
+def start(hub: LocalHub, home: Path, xet: bool, *sources: str) -> subprocess.Popen[str]:
+    """`lora-merge aggregate SOURCES -o global` beside `home`, started."""
+    command = [sys.executable, "-m", "lora_merge", "aggregate", *sources, "-o", "global", "--force"]
+    environment = hub.env(cache=home, xet=xet)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, cwd=home.parent, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_with_what_is_whole(
+    hub: LocalHub, tmp_path: Path, xet: bool, how: signal.Signals
+) -> None:
+    publish(hub, 3, width=20_000)
+    home = tmp_path / "home"
+    first = start(hub, home, xet, "org/client-0")
+    first.communicate()
+    assert first.returncode == 0
+    hub.clear_calls()
+    hub.fault("HEAD *.safetensors", "delay", seconds=1, times=None)  # by then the headers were read
+    pulling = start(hub, home, xet, "org/client-*")
+    partial = "hub/models--org--client-[12]/blobs/*.incomplete"
+    while len(hub.calls("GET /lfs/*")) < 2 and pulling.poll() is None:
+        time.sleep(0.01)
+    hub.fault("GET /v1/reconstructions/*" if xet else "GET /lfs/*", "stall" if xet else "drip", times=None)
+    while not list(home.glob(partial)) and pulling.poll() is None:
+        time.sleep(0.01)
+    pulling.send_signal(how)
+    out, err = pulling.communicate(timeout=30)
+    assert (pulling.returncode, out) == (130 if how == signal.SIGINT else -9, ""), err
+    if how == signal.SIGINT:
+        assert err.splitlines() == [
+            "error: Interrupted; nothing half-written was left.",
+            "hint: Run the same command again: what is whole is not downloaded again.",
+        ]
+    assert bool(list(home.glob(partial))) == (how == signal.SIGKILL)
+    hub.clear_faults()
+    hub.clear_calls()
+    again = start(hub, home, xet, "org/client-*")
+    assert (again.communicate()[1].count("error"), again.returncode) == (0, 0)
+    assert not hub.calls("* /org/client-0/resolve/*"), "what was whole was downloaded again"
+    assert not list(home.glob(partial))
+    assert not list(tmp_path.glob(".global*"))

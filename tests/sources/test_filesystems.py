@@ -1,0 +1,140 @@
+"""Adapters behind fsspec's URLs, and what kind of place a source names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
+from lora_merge.pipeline import aggregate
+from lora_merge.sources.filesystems import FilesystemRoom
+from lora_merge.sources.reference import Advance, Candidate
+from tests.conftest import digests
+from tests.sources.federation import adapter, write
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """`memory://clients/a` and `b`."""
+    filesystem = fsspec.filesystem("memory")
+    for i, name in enumerate("ab"):
+        for file, content in adapter(f"org/{name}", num_examples=10 * i + 10, seed=i).items():
+            filesystem.pipe_file(f"/clients/{name}/{file}", content)
+    yield filesystem
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """The same two as folders."""
+    return [
+        write(tmp_path / "in" / name, adapter(f"org/{name}", num_examples=10 * i + 10, seed=i))
+        for i, name in enumerate("ab")
+    ]
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files lie in these tests."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    return place
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("sources", [["memory://clients/*"], ["memory://clients/b", "memory://clients/a/"]])
+def test_urls_give_the_bytes_that_folders_give(
+    sources: list[str], folders: list[Path], tmp_path: Path, temporary: Path
+) -> None:
+    ours = aggregate(sources, tmp_path / "global")
+    aggregate(folders, tmp_path / "local")
+    weights = "adapter_model.safetensors"
+    assert digests(tmp_path / "global")[weights] == digests(tmp_path / "local")[weights]
+    recorded = [(entry.source, entry.commit) for entry in ours.ledger.contributions]
+    assert recorded == [("memory:///clients/a", None), ("memory:///clients/b", None)]
+    assert not list(temporary.iterdir()), "what was fetched is gone"
+
+
+def test_file_urls_and_mixed_places(memory: object, folders: list[Path], tmp_path: Path) -> None:
+    ours = aggregate([f"file://{folders[0]}", "memory://clients/b"], tmp_path / "global")
+    assert [entry.source for entry in ours.ledger.contributions] == [f"file://{folders[0]}", "memory:///clients/b"]
+    both = aggregate([f"file://{folders[0].parent}/*"], tmp_path / "both")
+    assert [entry.client_id for entry in both.ledger.contributions] == ["org/a", "org/b"]
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_url_that_matches_nothing_is_not_found(tmp_path: Path) -> None:
+    for source in ("memory://nobody/*", "memory://clients/c", f"file://{tmp_path}/none"):
+        with pytest.raises(NotFoundError, match="No folder matches"):
+            aggregate([source], tmp_path / "global")
+
+
+def test_an_unknown_scheme_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gopher:// cannot be read here"):
+        aggregate(["gopher://host/clients/*"], tmp_path / "global")
+
+
+def test_problems_of_all_are_told_before_anything_is_copied(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, temporary: Path
+) -> None:
+    memory.pipe_file("/clients/a/adapter_model.safetensors", b"\xff" * 100)
+    memory.pipe_file("/clients/b/adapter_config.json", b"{}")
+    with pytest.raises(RefusedError) as caught:
+        aggregate(["memory://clients/*"], tmp_path / "global")
+    assert {problem.client for problem in caught.value.problems} == {"memory:///clients/a", "memory:///clients/b"}
+    assert not list(temporary.iterdir())
+
+
+def test_a_file_that_changes_under_us_is_refused(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = memory.cat_file("/clients/a/adapter_model.safetensors")
+    honest = FilesystemRoom.fetch
+
+    def late(self: FilesystemRoom, candidate: Candidate, advance: Advance) -> Path:
+        memory.pipe_file("/clients/a/adapter_model.safetensors", whole + b"\0")
+        return honest(self, candidate, advance)
+
+    monkeypatch.setattr(FilesystemRoom, "fetch", late)
+    with pytest.raises(RefusedError, match="changed while it was being read"):
+        aggregate(["memory://clients/a"], tmp_path / "global")
+
+
+def test_a_place_that_fails_is_a_network_error(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> bytes:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(type(memory), "cat_file", broken)
+    with pytest.raises(NetworkError, match="no answer"):
+        aggregate(["memory://clients/a"], tmp_path / "global")
+    assert not list(temporary.iterdir())
+
+
+def test_what_a_killed_run_left_is_removed(memory: object, tmp_path: Path, temporary: Path) -> None:
+    left = temporary / ".lora-merge.partial-killed"
+    left.mkdir()
+    aggregate(["memory://clients/*"], tmp_path / "global")
+    assert not left.exists()
+
+
+def test_a_folder_given_by_two_paths_is_refused(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is given twice, as"):
+        aggregate([folders[0], folders[0] / ".." / "a"], tmp_path / "global")
+
+
+def test_a_path_below_a_folder_of_this_machine_is_never_looked_for_on_the_hub(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError, match="No folder matches in/c"):
+        aggregate(["in/c"], tmp_path / "global")
+
+
+def test_a_hub_that_must_not_be_asked_is_a_network_error(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set"):
+        aggregate(["org/client-0"], tmp_path / "global")
