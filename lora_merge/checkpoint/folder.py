@@ -1,5 +1,6 @@
 """A folder that appears whole or not at all: written beside, flushed, renamed."""
 
+import ctypes
 import fcntl
 import glob
 import os
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_merge.errors import StorageError, UsageError
+
+_REPLACED = "replaced"
 
 
 @contextmanager
@@ -78,6 +81,8 @@ def remove_leftovers(output: Path) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (leftover / _REPLACED).exists() and not os.path.lexists(output):
+                os.rename(leftover / _REPLACED, output)  # killed between two renames: the old one comes back
             shutil.rmtree(leftover, ignore_errors=True)
         except BlockingIOError:
             pass  # a live run's
@@ -107,19 +112,31 @@ def _flush(folder: Path) -> None:
 
 
 def _replace(output: Path, work: Path, *, force: bool) -> None:
-    """Rename `work` to `output`; what was there is moved aside first, and removed last."""
-    aside = None
+    """Put `work` at `output`. What was there stays until it is replaced in one step; the caller removes it."""
     check_free(output, force=force)  # again: it may have been taken while this run worked
     if output.is_symlink() or output.is_file():
         output.unlink()
-    elif output.is_dir() and any(output.iterdir()):
+    if not (output.is_dir() and any(output.iterdir())):
+        os.rename(work, output)
+    elif not _exchange(work, output):
         aside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
-        os.rename(output, aside / "replaced")
-    os.rename(work, output)
-    if aside:
+        os.rename(output, aside / _REPLACED)
+        os.rename(work, output)
         shutil.rmtree(aside, ignore_errors=True)
     descriptor = os.open(output.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that a kill leaves the old or the new; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    swap, here = 2, -100  # RENAME_EXCHANGE, also RENAME_SWAP; AT_FDCWD
+    if hasattr(libc, "renameat2"):  # Linux
+        return bool(libc.renameat2(here, names[0], here, names[1], swap) == 0)
+    if hasattr(libc, "renamex_np"):  # macOS
+        return bool(libc.renamex_np(*names, swap) == 0)
+    return False
