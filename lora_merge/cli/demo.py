@@ -5,7 +5,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 SETTINGS = "demo.json"
 # What --force removes; the base model stays, for it depends on no option.
 MADE = ("data", "clients", "global", "logs", "evaluation.json", "commands.sh", SETTINGS)
+_BEGINNING = (
+    "{clients} organisations fine-tune one model apart, each on rows of its own; one merge of what they learnt makes\n"
+    "the global model. Some minutes on two cores. Everything goes into {output}, and stays there."
+)
 
 
 class Part(StrEnum):
@@ -62,7 +67,9 @@ def demo(
             _open(output, {"clients": clients, "steps": steps, "base": str(base) if base else None}, force)
             cores = _cores()
             made = plan(output, AREAS[:clients], steps=steps, base=base, threads=_threads(cores))
-            seconds = _run(out, output, made, at_once=min(2, cores))
+            out.say(_BEGINNING.format(clients=clients, output=output))
+            with _stoppable():
+                seconds = _run(out, output, made, at_once=min(2, cores))
             record = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
             result = {"output": str(output), "seconds": seconds, "commands": made.commands(), "evaluation": record}
             out.result(result, made=str(output), show=lambda: _ending(output, record))
@@ -91,17 +98,18 @@ def _open(output: Path, settings: Mapping[str, Any], force: bool) -> None:
 
     Raises:
         UsageError: it holds something else, or a demo with other settings.
+        NotFoundError: the base model that was given is not there.
     """
-    from lora_merge.errors import UsageError
+    from lora_merge.errors import NotFoundError, UsageError
 
+    if settings["base"] and not Path(settings["base"]).is_dir():
+        raise NotFoundError(f"--base {settings['base']}: there is no such folder.")
     mark = json.dumps(settings, indent=2) + "\n"
     marked = output / SETTINGS
     if output.exists() and not marked.is_file() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is there and holds no demo.", hint="Choose another folder: --output DIR")
     if force:
-        for name in MADE:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove([output / name for name in MADE])
     if marked.is_file() and marked.read_text(encoding="utf-8") != mark:
         raise UsageError(
             f"{output} holds a demo with other settings: {' '.join(marked.read_text(encoding='utf-8').split())}",
@@ -116,21 +124,42 @@ def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, flo
     """Run what is not done yet, stage by stage; returns the seconds of each step that ran."""
     from lora_merge.demo.crew import Crew
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops us must stop our children too
     (output / "commands.sh").write_text("\n".join(plan.commands()) + "\n", encoding="utf-8")
     crew, seconds, start = Crew(output / "logs", out.say), dict[str, float](), time.monotonic()
     stages = plan.stages()
     for number, (title, steps) in enumerate(stages, start=1):
+        if seconds:  # something before was made anew, so what came of its old version must be too
+            _remove([step.makes for step in steps])
+        due = [step.resumed() for step in steps if not step.makes.exists()]
         out.say(f"\n{number}/{len(stages)} {title}")
-        due = [step for step in steps if not step.makes.exists()]
-        for step in steps:
-            out.say(f"  $ {step.shown()}" if step in due else f"  {step.makes} is there already")
+        for path in (step.makes for step in steps if step.makes.exists()):
+            out.say(f"  {path} is there already")
+        for step in due:
+            out.say(f"  $ {step.shown()}")
         began = time.monotonic()
-        seconds.update(crew.run([step.resumed() for step in due], at_once))
+        seconds.update(crew.run(due, at_once))
         if due:
             out.say(f"  {time.monotonic() - began:.0f} s")
     out.say(f"\nAll of it took {time.monotonic() - start:.0f} s.\n")
     return {name: round(value, 1) for name, value in seconds.items()}
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Being told to end is Ctrl-C to us: our children must end too."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _ending(output: Path, record: dict[str, Any]) -> RenderableType:

@@ -66,10 +66,11 @@ class Crew:
                     return 0.0
                 child = _start(step, record)
                 self._children.append(child)
-            for line in child.stderr or child.stdout or ():
-                print(line, end="", file=record, flush=True)
-                self.tell(f"  {step.name}: {line.rstrip()}")
-            code = child.wait()
+            with child:
+                for line in child.stderr or child.stdout or ():
+                    print(line, end="", file=record, flush=True)
+                    self.tell(f"  {step.name}: {line.rstrip()}")
+        code = child.returncode
         if code and not self._stopped.is_set():
             raise StepFailedError(step, code, log)
         return time.monotonic() - start

@@ -58,18 +58,18 @@ class Step:
 class Plan:
     """Every step of the demo. `model` is None where the base model was given."""
 
-    data: Step
     model: Step | None
+    data: Step
     train: tuple[Step, ...]
     aggregate: Step
     evaluate: Step
 
     def stages(self) -> list[tuple[str, tuple[Step, ...]]]:
-        """The steps in order, those that do not wait for each other together, with what they are for."""
+        """The steps in order, each needing what the ones before it made, and what they are for."""
         model = [("The model, from the Hub or else from an installed wheel", (self.model,))] if self.model else []
         return [
-            ("The data: functions of Python's own standard library, an area a client", (self.data,)),
             *model,
+            ("The data: functions of Python's own standard library, an area a client", (self.data,)),
             ("Each client fine-tunes alone, on its own rows, from the same start", self.train),
             ("One merge: the exact mean of the clients' updates", (self.aggregate,)),
             ("Base, locals and global on rows that none of them has seen, from all areas", (self.evaluate,)),
@@ -93,8 +93,8 @@ def plan(folder: Path, areas: Sequence[Area], *, steps: int, base: Path | None, 
     clients = [folder / "clients" / area.name for area in areas]
     here = ("demo", "--output", str(folder), "--clients", str(len(areas)), "--steps", str(steps))
     return Plan(
-        data=Step("data", (*here, "--only", "data"), data),
         model=None if base else Step("model", (*here, "--only", "model"), folder / "base"),
+        data=Step("data", (*here, "--only", "data"), data),
         train=tuple(_training(client, data, model, steps, threads) for client in clients),
         aggregate=Step(
             "aggregate", ("aggregate", *map(str, clients), "--output", str(folder / "global")), folder / "global"
