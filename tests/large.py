@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 MODULES, WIDTH, RANK, CLIENTS = 12, 512, 16, 4
 
 
-def write_clients(root: Path) -> list[Path]:
-    """Four clients with twelve 512 x 512 modules of rank 16."""
-    return [write_client(root / f"client-{i}", seed=i) for i in range(CLIENTS)]
+def write_clients(root: Path, *, modules: int = MODULES, width: int = WIDTH) -> list[Path]:
+    """Four clients with twelve 512 x 512 modules of rank 16, or as many and as wide as you say."""
+    return [write_client(root / f"client-{i}", seed=i, modules=modules, width=width) for i in range(CLIENTS)]
 
 
 def write_client(folder: Path, *, seed: int, modules: int = MODULES, width: int = WIDTH, rank: int = RANK) -> Path:
@@ -62,15 +63,16 @@ def merge(root: Path, request: dict[str, Any]) -> None:
     from lora_merge import aggregate
 
     if request.get("die_at"):
-        die_at(request["die_at"], root)
+        die_at(request["die_at"], root.parent)
     options = {"rank": 16} if request["method"] == "svd" else {}
+    options["force"] = request.get("force", False)
     aggregate(sorted(root.glob("client-*")), Path(request["output"]), method=request["method"], **options)
 
 
 def serve(root: Path) -> None:
-    """Fork one child for each request; the imports are paid once, before the first."""
-    from lora_merge import aggregate  # noqa: F401
-
+    """Fork one child for each request; what a first merge imports is paid once, before that."""
+    with tempfile.TemporaryDirectory() as folder:
+        merge(root, {"output": f"{folder}/global", "method": "svd"})
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

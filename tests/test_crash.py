@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from tests.large import write_clients
 class Merger:
     """A process that merges in children which may be killed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **size: int) -> None:
         self.root = root
-        write_clients(root / "in")
+        write_clients(root / "in", **size)
         command = [sys.executable, "-m", "tests.large", str(root / "in")]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
@@ -41,75 +42,89 @@ class Merger:
         self.process.wait(10)
         self.process.stdout.close()
 
+    def whole(self, method: str = "exact") -> dict[str, str]:
+        """What an undisturbed run writes."""
+        output = self.root / "whole" / method / "global"
+        assert output.exists() or self.run(output, method) == 0
+        return digests(output)
+
 
 @pytest.fixture(scope="module")
 def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merger]:
+    """Of adapters that take a while."""
     merger = Merger(tmp_path_factory.mktemp("crash"))
     yield merger
     merger.close()
 
 
 @pytest.fixture(scope="module")
-def whole(merger: Merger) -> dict[str, dict[str, str]]:
-    """What an undisturbed run writes, by method."""
-    results = {}
-    for method in ("exact", "svd"):
-        assert merger.run(merger.root / "whole" / method / "global", method) == 0
-        results[method] = digests(merger.root / "whole" / method / "global")
-    return results
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merger]:
+    """Of small adapters, to be killed at many stages."""
+    merger = Merger(tmp_path_factory.mktemp("quick"), modules=2, width=64)
+    yield merger
+    merger.close()
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def absent_or(wanted: dict[str, str], output: Path) -> bool:
-    """Whether `output` is whole; where it is not, it must be absent."""
-    if output.exists():
-        assert digests(output) == wanted
-        return True
-    return False
-
-
-def run_again(merger: Merger, output: Path, method: str, wanted: dict[str, str]) -> None:
-    """After a kill, the next run gives the same bytes and leaves nothing else beside them."""
-    if not absent_or(wanted, output):
+def run_again(merger: Merger, output: Path, method: str) -> None:
+    """After a kill the output is whole or absent; the next run gives the same bytes and leaves nothing beside them."""
+    if not output.exists():
         assert merger.run(output, method) == 0
-        assert digests(output) == wanted
         assert [path.name for path in output.parent.iterdir()] == ["global"]
+    assert digests(output) == merger.whole(method)
 
 
-def test_a_kill_at_any_file_it_touches_leaves_all_or_nothing(
-    merger: Merger, whole: dict[str, dict[str, str]], tmp_path: Path
-) -> None:
+def later(at: int) -> int:
+    """The next moment to die at: thinly while it reads its inputs, at every file that it writes, flushes or renames."""
+    return at + (3 if at < 24 else 1)
+
+
+def test_a_kill_at_any_file_it_touches_leaves_all_or_nothing(quick: Merger) -> None:
+    killed, at = 0, 1
+    while (status := quick.run(output := quick.root / "stages" / str(at) / "global", die_at=at)) != 0:
+        assert status == -signal.SIGKILL
+        run_again(quick, output, "exact")
+        killed, at = killed + 1, later(at)
+    assert killed > 10
+
+
+def test_a_kill_while_an_old_result_is_replaced_leaves_the_old_or_the_new_one(quick: Merger) -> None:
+    old, new = quick.whole("svd"), quick.whole("exact")
+    output = quick.root / "replaced" / "global"
     killed, at = 0, 1
     while True:
-        output = merger.root / "stages" / str(at) / "global"
-        status = merger.run(output, die_at=at)
-        if status == 0:
+        shutil.rmtree(output.parent, ignore_errors=True)
+        shutil.copytree(quick.root / "whole" / "svd" / "global", output)
+        if quick.run(output, die_at=at, force=True) == 0:
             break
-        assert status == -signal.SIGKILL
-        killed += 1
-        run_again(merger, output, "exact", whole["exact"])
-        at += 1 + at // 12  # every stage of the beginning, and then more thinly
+        assert digests(output) in (old, new)
+        assert quick.run(output, force=True) == 0
+        assert digests(output) == new
+        assert [path.name for path in output.parent.iterdir()] == ["global"]
+        killed, at = killed + 1, later(at)
     assert killed > 10
 
 
 @pytest.mark.parametrize("method", ["exact", "svd"])
-def test_a_kill_at_any_moment_leaves_all_or_nothing(
-    method: str, merger: Merger, whole: dict[str, dict[str, str]]
-) -> None:
-    output = merger.root / f"timed-{method}" / "global"
-    began = time.monotonic()
-    assert merger.run(output, method) == 0
-    span = time.monotonic() - began
+def test_a_kill_at_any_moment_leaves_all_or_nothing(method: str, merger: Merger) -> None:
     moments = random.Random(11)
+    span = min(seconds(merger, merger.root / f"timed-{method}" / f"alone-{i}" / "global", method) for i in range(3))
     statuses = []
     for i in range(10):
         output = merger.root / f"timed-{method}" / str(i) / "global"
         statuses.append(merger.run(output, method, after=moments.uniform(0, span)))
-        run_again(merger, output, method, whole[method])
-    assert statuses.count(-signal.SIGKILL) >= 4
+        run_again(merger, output, method)
+    assert statuses.count(-signal.SIGKILL) >= 3
+
+
+def seconds(merger: Merger, output: Path, method: str) -> float:
+    """How long an undisturbed run takes."""
+    began = time.monotonic()
+    assert merger.run(output, method) == 0
+    return time.monotonic() - began
 
 
 def test_ctrl_c_exits_with_130_and_leaves_nothing(merger: Merger, tmp_path: Path) -> None:
