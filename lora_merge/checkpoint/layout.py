@@ -13,6 +13,7 @@ Source: PEFT 0.21 `tuners/lora/layer.py` (`Linear`, `Embedding`, `_ConvNd`, `Par
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -136,7 +137,19 @@ def find_updates(
                 found.update(_whole(name, entry, lora, config, sum(map(_is_token_rows, entries))))
             except FileRefused as problem:
                 problems.append(problem)
-    return found, problems + list(_missing(found, config))
+    return _one_of_equal(found), problems + list(_missing(found, config))
+
+
+_recent: deque[dict[str, Stored]] = deque(maxlen=8)
+
+
+def _one_of_equal(found: dict[str, Stored]) -> dict[str, Stored]:
+    """`found`, or an equal one of a client before: a thousand clients of one shape are described once."""
+    for known in tuple(_recent):
+        if known == found:
+            return known
+    _recent.append(found)
+    return found
 
 
 def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:

@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class FileRefused(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies: float type, shape, absolute offset and bytes."""
 
@@ -112,7 +113,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         raise
 
 
-def _entries(descriptor: int, size: int) -> dict[str, TensorEntry]:
+def _entries(descriptor: int, size: int) -> Mapping[str, TensorEntry]:
     header = bytearray(header_bytes(os.pread(descriptor, 8, 0)))
     _read_into(descriptor, memoryview(header), 0, "header")
     return read_header(bytes(header), size)
@@ -128,7 +129,8 @@ def header_bytes(lead: bytes) -> int:
     return 8 + int(length)
 
 
-def read_header(text: bytes, size: int) -> dict[str, TensorEntry]:
+@lru_cache(maxsize=8)  # the clients of a federation mostly have the same header, which then is in memory once
+def read_header(text: bytes, size: int) -> Mapping[str, TensorEntry]:
     """The tensors of a file of `size` bytes that begins with `text`; raises `FileRefused`."""
     start = header_bytes(text)
     if len(text) < start:
