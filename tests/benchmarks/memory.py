@@ -8,6 +8,7 @@ Python and torch included.
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -28,8 +29,7 @@ else: from lora_merge import pipeline
 def main() -> None:
     arguments = parse()
     with temporary_folder() as root:
-        few = write_clients(root / "few", 10, layers=arguments.layers)
-        write_clients(root / "many", arguments.many, files=[folder / WEIGHTS for folder in few])
+        write(root, arguments.many, arguments.layers)
         runs = [("", "imports"), ("few", "fedavg"), ("many", "fedavg"), ("few", "exact"), ("few", "svd")]
         peaks = {run: peak_gb(root, *run, certificate="off") for run in runs}
         with_certificate = peak_gb(root, "few", "exact", certificate="exact")
@@ -41,6 +41,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--many", type=int, default=200)
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer, to try the script itself")
     return parser.parse_args()
+
+
+def write(root: Path, many: int, layers: int) -> None:
+    """Write both federations in a process of its own: a child's peak begins with what its parent held at the fork."""
+    files = [root / "few" / f"client-{index:03}" / WEIGHTS for index in range(10)]
+    for arguments in (
+        {"root": root / "few", "count": 10, "layers": layers},
+        {"root": root / "many", "count": many, "files": files},
+    ):
+        writer = multiprocessing.get_context("spawn").Process(target=write_clients, kwargs=arguments)
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            sys.exit("the clients could not be written")
 
 
 def peak_gb(root: Path, clients: str, method: str, certificate: str) -> float:
