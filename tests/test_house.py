@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +132,11 @@ def test_no_file_holds_a_path_of_somebodys_machine() -> None:
         if (found := MACHINE_PATH.search(path.read_text(encoding="utf-8", errors="replace")))
     ]
     assert holders == []
+
+
+def test_the_readmes_tree_names_every_file_of_the_package_and_none_that_is_gone() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    files = Counter(path.name for path in MODULES if path.name != "__init__.py")
+    named = Counter(re.findall(r"\b\w+\.py\b", readme))
+    assert sorted((files - named).elements()) == []
+    assert sorted(set(named) - {path.name for path in files_of_the_repository()}) == []
