@@ -155,12 +155,17 @@ def _bar(console: Console, unit: str) -> "Progress":
         def render(self, task: progress.Task) -> Text:
             return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
+    counts: tuple[progress.ProgressColumn, ...] = (
         progress.MofNCompleteColumn(),
         progress.TextColumn(unit),
         Rate(),
+    )
+    if unit == "bytes":
+        counts = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        *counts,
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
     )

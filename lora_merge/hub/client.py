@@ -4,6 +4,7 @@ huggingface_hub passes `timeout=None` to most of its calls and sleeps as long as
 client from a factory, so ours is one that times out, waits and gives up by our own rules, and says so.
 """
 
+import logging
 import os
 import re
 import threading
@@ -57,11 +58,15 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     set_client_factory(lambda: HubClient(patience))
     added = {name: value for name, value in XET_SETTINGS.items() if name not in os.environ}
     os.environ.update(added)
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR if level == logging.WARNING else level)  # what it warns of, we tell
     try:
         yield HfApi(library_name="lora-merge", library_version=__version__)
     finally:
         patience.end()
         set_client_factory(before)
+        log.setLevel(level)
         for name in added:
             os.environ.pop(name, None)
 

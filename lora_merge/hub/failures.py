@@ -1,6 +1,7 @@
 """What huggingface_hub, httpx2 and hf_xet raise, as our errors: one sentence, the exit code, the next command."""
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lora_merge.hub.client import endpoint
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR}
 # hf_xet, written in Rust, says an error number only inside a RuntimeError's text.
-_DISK_TEXT = re.compile(r"os error (28|122|13|30|5)\b|[Nn]o space left|[Dd]isk quota|[Rr]ead-only file system")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
@@ -57,10 +58,10 @@ def translated(error: Exception, repo: str) -> LoraMergeError:
         )
     if isinstance(error, hub.LocalTokenNotFoundError):
         return NotFoundError(f"{repo} needs a token of the Hub, and there is none here.", hint="hf auth login")
-    said = _brief(error)
-    if (isinstance(error, OSError) and error.errno in _DISK) or _DISK_TEXT.search(str(error)):
-        return StorageError(f"{repo}: the local disk failed: {said}.")
-    return NetworkError(f"{repo}: the Hub at {endpoint()} failed: {said}.", hint="Run the same command again.")
+    if (number := _errno(error)) in _DISK:
+        return StorageError(f"{repo} cannot be stored: {os.strerror(number)}.")
+    hint = "Run the same command again."
+    return NetworkError(f"{repo}: the Hub at {endpoint()} failed: {_brief(error)}.", hint=hint)
 
 
 def _from_answer(error: hub.HfHubHTTPError, repo: str) -> LoraMergeError:
@@ -98,6 +99,14 @@ def sign_in() -> str:
 def write_token() -> str:
     """The next command of somebody whose token may only read."""
     return f"Make a token with write access at {endpoint()}/settings/tokens, then: hf auth login"
+
+
+def _errno(error: Exception) -> int:
+    """The error's number, 0 where it has none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else 0
 
 
 def _brief(error: Exception) -> str:

@@ -83,23 +83,26 @@ def remove_leftovers(repo: str) -> None:
     """Remove the partial files that a killed run left of `repo`; those of a live one are locked and stay."""
     folder = repo_folder_name(repo_id=repo, repo_type="model")
     locks = Path(constants.HF_HUB_CACHE, ".locks", folder)
-    for part in Path(constants.HF_HUB_CACHE, folder, "blobs").glob("*.incomplete"):
-        if not _is_locked(locks / f"{part.name.partition('.')[0]}.lock"):
-            part.unlink(missing_ok=True)
+    blobs = Path(constants.HF_HUB_CACHE, folder, "blobs")
+    for part in blobs.glob("*.incomplete"):
+        _remove_unless_locked(part, locks / f"{part.name.partition('.')[0]}.lock")
+    for probe in blobs.glob("tmp_*"):  # empty, and there for a moment only, unless its run was killed
+        probe.unlink(missing_ok=True)
 
 
-def _is_locked(lock: Path) -> bool:
+def _remove_unless_locked(part: Path, lock: Path) -> None:
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        part.unlink(missing_ok=True)
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what the library's own lock does
-    except OSError:
-        return True
+        part.unlink(missing_ok=True)
+    except BlockingIOError:
+        pass  # a live run's
     finally:
         os.close(descriptor)
-    return False
 
 
 class _Counter:

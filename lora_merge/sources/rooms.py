@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -79,8 +80,12 @@ class Rooms:
                 with lock:
                     advance(size)
 
-            work = lambda candidate: candidate.ref.room.fetch(candidate, count)  # noqa: E731
-            return for_each(work, candidates, lambda candidate: candidate.ref.source, self.interrupt)
+            def fetch(candidate: Candidate) -> Path:
+                return candidate.ref.room.fetch(candidate, count)
+
+            with warnings.catch_warnings():  # the library's, of a disk that is nearly full: a full one is an error
+                warnings.filterwarnings("ignore", "Not enough free disk space")
+                return for_each(fetch, candidates, lambda candidate: candidate.ref.source, self.interrupt)
 
     def interrupt(self) -> None:
         """Make everything that waits or downloads end soon."""

@@ -83,21 +83,27 @@ class Puller:
         return sorted(path for path in self.home.glob("hub/models--*/blobs/*") if path.is_file())
 
 
-def adapter(client_id: str, *, num_examples: int = 10, width: int = 64, seed: int = 0) -> dict[str, bytes]:
-    """The files of an adapter of one width x width module; the weights are large enough to go over LFS or Xet."""
+def adapter(
+    client_id: str, *, num_examples: int = 10, width: int = 64, layers: int = 1, seed: int = 0
+) -> dict[str, bytes]:
+    """The files of an adapter of width x width modules; like all safetensors the weights go over LFS or Xet."""
     random = torch.Generator().manual_seed(seed)
-    A, B = torch.randn(2, width, generator=random), torch.randn(width, 2, generator=random)
+    weights = {}
+    for layer in range(layers):
+        name = LORA_A.replace("layer", f"layer.{layer}") if layers > 1 else LORA_A
+        weights[name] = torch.randn(2, width, generator=random)
+        weights[name.replace("_A", "_B")] = torch.randn(width, 2, generator=random)
     return {
         "adapter_config.json": json.dumps(CONFIG).encode(),
-        "adapter_model.safetensors": save({LORA_A: A, LORA_A.replace("_A", "_B"): B}),
+        "adapter_model.safetensors": save(weights),
         "lora_merge.json": Statement(client_id=client_id, num_examples=num_examples).to_json().encode(),
     }
 
 
-def publish(hub: LocalHub, count: int, *, width: int = 64, **options: Any) -> dict[str, str]:
+def publish(hub: LocalHub, count: int, **options: Any) -> dict[str, str]:
     """`org/client-0` and so on, with 10, 20, … examples; each repository's commit."""
     return {
-        repo: hub.create(repo, adapter(repo, num_examples=10 * i + 10, width=width, seed=i), **options)
+        repo: hub.create(repo, adapter(repo, num_examples=10 * i + 10, seed=i, **options))
         for i, repo in enumerate(f"org/client-{i}" for i in range(count))
     }
 
