@@ -1,0 +1,69 @@
+"""A merge of many clients from the Hub: its time, memory, threads and calls.
+
+`python -m tests.sources.many [COUNT [WIDTH]]`: COUNT clients of 512 x WIDTH bytes each, and a tenth of them.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.hub.server import LocalHub
+from tests.sources.federation import publish
+
+CHILD = """
+import json, resource, sys, threading, time
+from lora_merge.cli.main import main
+most = 0
+def watch():
+    global most
+    while True:
+        with open("/proc/self/status") as status:
+            most = max(most, int(next(line.split()[1] for line in status if line.startswith("Threads"))))
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv = ["lora-merge", "aggregate", *sys.argv[1:]]
+try:
+    main()
+finally:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak_kB": peak, "threads": most}), file=sys.stderr)
+"""
+
+
+def measure(count: int, width: int, xet: bool) -> dict[str, float]:
+    """Merge `org/client-*` of `count` clients in a process of its own, with an empty cache."""
+    with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
+        publish(hub, count, width=width, layers=32)
+        arguments = ["org/client-*", "-o", "global", "-q", "--certificate", "off"]
+        environment = hub.env(cache=Path(folder, "home"), xet=xet)
+        began = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, "-c", CHILD, *arguments], env=environment, cwd=folder, capture_output=True, text=True
+        )
+        seconds = time.monotonic() - began
+        assert ran.returncode == 0, ran.stderr
+        measured = json.loads(ran.stderr.splitlines()[-1])
+        api = len(hub.calls("* /api/*"))
+        return {
+            "clients": count,
+            "seconds": round(seconds, 1),
+            "peak_MB": measured["peak_kB"] // 1000,
+            "threads": measured["threads"],
+            "api_calls": api,
+            "api_calls_a_client": round(api / count, 3),
+            "calls_a_client": round(len(hub.calls()) / count, 1),
+        }
+
+
+def main() -> None:
+    count, width = (int(text) for text in [*sys.argv[1:], "200", "4000"][:2])
+    for xet in (True, False):
+        for clients in (max(count // 10, 1), count):
+            print("Xet" if xet else "LFS", json.dumps(measure(clients, width, xet)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
