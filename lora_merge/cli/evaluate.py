@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Outpu
 if TYPE_CHECKING:
     from lora_merge.evaluation.comparison import Comparison, Question
     from lora_merge.evaluation.intervals import Estimate
+SHOWN_LINES = 6  # of an answer; --json has all
 
 
 class PromptForm(StrEnum):
@@ -134,11 +136,12 @@ def drawn(record: dict[str, Any]) -> RenderableType:
 
 
 def _losses(models: list[dict[str, Any]]) -> Table:
-    table = Table("model", "loss (nats a token)", "perplexity", "gain over base")
+    table = Table("model", "loss, nats a token", "perplexity", "gain over base", box=SIMPLE_HEAD, pad_edge=False)
     for model in models:
-        numbers = (model["loss"], model["perplexity"], model["gain_over_base"])
         style = "bold" if model["kind"] == "global" else "italic" if model["kind"] == "mean of locals" else None
-        table.add_row(plain(model["name"]), *map(_cell, numbers), style=style)
+        loss, perplexity, gain = model["loss"], model["perplexity"], model["gain_over_base"]
+        cells = (_cell(loss, 3, 2), _cell(perplexity, 1, 1), _cell(gain, 3, 2) if gain else "")
+        table.add_row(plain(model["name"]), *cells, style=style)
     return table
 
 
@@ -146,13 +149,15 @@ def _verdict(model: dict[str, Any]) -> str:
     gain = model["gain_over_mean_of_locals"]
     sure = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
     word = "beats" if gain["value"] > 0 else "falls short of"
-    return f"{model['name']} {word} the mean of the locals by {_cell(gain).removeprefix('-')} nats a token{sure}."
+    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3).removeprefix('-')} nats a token{sure}."
 
 
 def _answers(answers: dict[str, str]) -> Table:
-    table = Table("model", "answer", show_lines=True)
+    table = Table("model", "answer", box=SIMPLE_HEAD, pad_edge=False)
     for name, text in answers.items():
-        table.add_row(plain(name), plain(text or "(nothing)"))
+        lines = text.splitlines() or ["(nothing)"]
+        more = ["…"] if len(lines) > SHOWN_LINES else []
+        table.add_row(plain(name), plain("\n".join(lines[:SHOWN_LINES] + more)))
     return table
 
 
@@ -162,8 +167,6 @@ def _numbers(estimate: "Estimate | None") -> dict[str, float] | None:
     return {"value": estimate.value, "low": estimate.interval.low, "high": estimate.interval.high}
 
 
-def _cell(numbers: dict[str, float] | None) -> str:
-    if numbers is None:
-        return ""
-    digits = 3 if abs(numbers["value"]) < 10 else 2 if abs(numbers["value"]) < 100 else 0
-    return f"{numbers['value']:.{digits}f} [{numbers['low']:.{digits}f}, {numbers['high']:.{digits}f}]"
+def _cell(numbers: dict[str, float], digits: int, interval_digits: int) -> str:
+    value, low, high = numbers["value"], numbers["low"], numbers["high"]
+    return f"{value:.{digits}f} [{low:.{interval_digits}f}, {high:.{interval_digits}f}]"

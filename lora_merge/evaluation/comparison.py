@@ -115,9 +115,9 @@ def compare(
     with pool(None if device.type == "cpu" else 1) as threads:
         for name, adapter in zip(names, (None, *adapters), strict=True):
             model = attach(base, adapter) if adapter else base
+            said = [threads.submit(_answer, model, tokenizer, prompt, form, question) for prompt in question.prompts]
             with progress(name, len(examples)) as advance:
                 nll.append(_nll(model, examples, tokenizer, threads, question.batch_size, advance))
-            said = [threads.submit(_answer, model, tokenizer, prompt, form, question) for prompt in question.prompts]
             answers.append([answer.result() for answer in said])
             tell(f"{name}: loss {nll[-1].sum() / answer_tokens(examples).sum():.3f}")
     losses = bootstrap(torch.stack(nll), answer_tokens(examples), question.seed)

@@ -54,7 +54,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_the_table_is_the_result_and_all_else_is_talk(finished: tuple[Path, str, str]) -> None:
     _, out, err = finished
     for name in ("base", "demo/networking", "demo/text", "mean of locals", "global"):
-        assert any(line.startswith(f"│ {name} ") for line in out.splitlines()), name
+        assert any(line.strip().startswith(f"{name} ") for line in out.splitlines()), name
     assert "the mean of the locals by" in out
     assert "$ OMP_NUM_THREADS=1 " in err
     assert "1/4 The data" in err

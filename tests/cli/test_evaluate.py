@@ -53,9 +53,10 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
     code, out, _ = run("--prompt", "ab", "--max-new-tokens", "2")
     assert code == 0
     for name in ("base", "org/north", "org/south", "mean of locals", "global"):
-        assert any(line.startswith(f"│ {name} ") for line in out.splitlines()), name
+        assert any(line.strip().startswith(f"{name} ") for line in out.splitlines()), name
     assert "the mean of the locals by" in out
     assert "4 held-out rows" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_what_is_missing_is_not_found(run: Run, tmp_path: Path) -> None:
