@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from lora_merge import __version__
 from lora_merge.checkpoint.peft_folder import FolderRefused
 from lora_merge.checkpoint.safetensors_file import FileRefused
+from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
 from lora_merge.sources.reference import Advance, FileEntry
 
@@ -35,25 +37,38 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
         FolderRefused: the hash is wrong twice.
         NetworkError, NotFoundError, StorageError: as the Hub or the disk fails.
     """
-    for again in (False, True):
-        counter = _Counter(advance)
-        with asking(repo):
-            path = Path(
-                hf_hub_download(
-                    repo,
-                    file.name,
-                    revision=commit,
-                    force_download=again,
-                    tqdm_class=_bar_of(counter),
-                    library_name="lora-merge",
-                    library_version=__version__,
-                )
-            )
-            problem = hash_problem(path, file)
-        if problem is None:
-            return path
-        counter.take_back()
-    raise FolderRefused([FileRefused(file.name, f"{problem}; it was fetched twice")])
+    counter = _Counter(advance)
+    try:
+        path = _download(repo, commit, file.name, counter, anew=False)
+        problem = hash_problem(path, file)
+    except NetworkError as error:
+        # Xet ends in a RuntimeError, and a file of a wrong size in an OSError, where an answer was damaged on its way.
+        if isinstance(error.__cause__, HfHubHTTPError) or not isinstance(error.__cause__, (RuntimeError, OSError)):
+            raise
+        problem = error.message
+    if problem is None:
+        return path
+    counter.take_back()
+    path = _download(repo, commit, file.name, counter, anew=True)
+    if problem := hash_problem(path, file):
+        path.resolve().unlink()  # nobody else shall find it there
+        path.unlink(missing_ok=True)
+        raise FolderRefused([FileRefused(file.name, f"{problem}; it was fetched twice")])
+    return path
+
+
+def _download(repo: str, commit: str, name: str, counter: "_Counter", *, anew: bool) -> Path:
+    with asking(repo):
+        path = hf_hub_download(
+            repo,
+            name,
+            revision=commit,
+            force_download=anew,
+            tqdm_class=_bar_of(counter),
+            library_name="lora-merge",
+            library_version=__version__,
+        )
+    return Path(path)
 
 
 def hash_problem(content: bytes | Path, file: FileEntry) -> str | None:
