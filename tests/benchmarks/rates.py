@@ -3,7 +3,8 @@
     python tests/benchmarks/rates.py
 
 Ten clients of a 7B Llama (1.6 GB) are written to TMPDIR, which needs 6 GB, and removed at the end. Files are read from
-the page cache. The time that fsync takes is measured apart: it is the disk's.
+the page cache. The time that fsync takes is measured apart: it is the disk's. Every merge hashes its inputs, for the
+record; a row says what that alone takes. On a busy machine the processor seconds say more than the wall's.
 """
 
 import argparse
@@ -13,21 +14,54 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from llama_7b import LAYERS, WEIGHTS, temporary_folder, write_clients
 
 import lora_merge
+from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint import folder as atomic
+from lora_merge.checkpoint.safetensors_file import open_safetensors
+
+WANTED = 0.5
+
+
+@dataclass
+class Row:
+    """One thing that was timed, once a round: how many bytes it counts for, and its seconds, those of fsync apart."""
+
+    size: int = 0
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    fsync: list[float] = field(default_factory=list)
+
+    def time(self, work: Callable[[], object], *, fsync: Callable[[], float] = lambda: 0.0) -> None:
+        os.sync()  # what earlier work left to be written back does not count
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.fsync.append(fsync())
+        self.wall.append(wall - self.fsync[-1])
+        self.cpu.append(cpu)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
 
 
 def main() -> None:
     arguments = parse()
     with temporary_folder() as root:
         clients = write_clients(root / "clients", arguments.clients, layers=arguments.layers)
-        files = [client / WEIGHTS for client in clients]
         merge(clients, root / "global", "fedavg")  # the imports, and the first touch of everything
-        measure(clients, files, root, arguments.rounds)
+        rows = measure(clients, root, arguments.rounds)
+        report(rows)
+        for method in ("exact", "fedavg"):
+            row = Row()
+            time_merge(row, clients, root / "global", method, certificate=None)
+            print(f"the certificate of {method}: {row.wall[0] - rows[method].median:.1f} s more")
 
 
 def parse() -> argparse.Namespace:
@@ -38,42 +72,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(clients: list[Path], files: list[Path], root: Path, rounds: int) -> None:
+def measure(clients: list[Path], root: Path, rounds: int) -> dict[str, Row]:
     """Each thing once a round, so that all of them meet the same state of the machine."""
-    names = ("read", "fedavg", "copy", "exact")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    flushed: dict[str, list[float]] = {"fedavg": [], "exact": []}
-    written = {}
+    files = [client / WEIGHTS for client in clients]
+    output, copy = root / "global", root / "copy"
+    read_size = sum(file.stat().st_size for file in files)
+    rows = {name: Row(read_size) for name in ("read", "sha256", "fedavg", "copy", "exact")}
     for _ in range(rounds):
-        seconds["read"].append(timed(lambda: read(files)))
-        for method in ("fedavg", "exact"):
-            total, flush = merge(clients, root / "global", method)
-            seconds[method].append(total - flush)
-            flushed[method].append(flush)
-            written[method] = (root / "global" / WEIGHTS).stat().st_size
-        seconds["copy"].append(timed(lambda: shutil.copyfile(root / "global" / WEIGHTS, root / "copy")))
-        (root / "copy").unlink()
-    size = sum(file.stat().st_size for file in files)
-    sizes = {"read": size, "fedavg": size, "copy": written["exact"], "exact": written["exact"]}
-    report(sizes, seconds, flushed)
-    for method in ("exact", "fedavg"):
-        total, flush = merge(clients, root / "global", method, certificate=None)
-        extra = total - flush - statistics.median(seconds[method])
-        print(f"the certificate of {method}: {extra:.2f} s on top of {statistics.median(seconds[method]):.2f} s")
-
-
-def report(sizes: dict[str, int], seconds: dict[str, list[float]], flushed: dict[str, list[float]]) -> None:
-    beside = {"fedavg": "read", "exact": "copy"}
-    print(f"{'':8}{'GB':>6}{'best s':>9}{'median s':>10}{'GB/s':>7}{'fsync s':>9}   of the plain rate (best, median)")
-    for name, times in seconds.items():
-        best, median = min(times), statistics.median(times)
-        fsync = f"{statistics.median(flushed[name]):9.2f}" if name in flushed else " " * 9
-        line = f"{name:8}{sizes[name] / 1e9:6.2f}{best:9.2f}{median:10.2f}{sizes[name] / 1e9 / median:7.2f}{fsync}"
-        if plain := beside.get(name):
-            ratios = (min(seconds[plain]) / best, statistics.median(seconds[plain]) / median)
-            scale = sizes[name] / sizes[plain]
-            line += f"   {ratios[0] * scale:.2f}, {ratios[1] * scale:.2f} of {plain} (wanted: 0.5)"
-        print(line)
+        rows["read"].time(partial(read, files))
+        rows["sha256"].time(partial(sha256, files))
+        time_merge(rows["fedavg"], clients, output, "fedavg")
+        time_merge(rows["exact"], clients, output, "exact")
+        rows["copy"].time(partial(shutil.copyfile, output / WEIGHTS, copy))
+        rows["copy"].size = rows["exact"].size = copy.stat().st_size
+        copy.unlink()
+    return rows
 
 
 def read(files: list[Path]) -> None:
@@ -82,32 +95,53 @@ def read(files: list[Path]) -> None:
             file.read()
 
 
-def merge(clients: list[Path], output: Path, method: str, certificate: str | None = "off") -> tuple[float, float]:
-    """Seconds of one merge into a folder that is not there, and how many of them were fsync."""
+def sha256(files: list[Path]) -> None:
+    """As a merge does it: one file a worker."""
+    opened = [open_safetensors(path) for path in files]
+    with pool() as threads:
+        list(threads.map(type(opened[0]).sha256, opened))
+    for file in opened:
+        file.close()
+
+
+def merge(clients: list[Path], output: Path, method: str, certificate: str | None = "off") -> None:
+    lora_merge.aggregate(clients, output, method=method, certificate=certificate)
+
+
+def time_merge(row: Row, clients: list[Path], output: Path, method: str, certificate: str | None = "off") -> None:
     shutil.rmtree(output, ignore_errors=True)
     with timing_fsync() as flushes:
-        total = timed(lambda: lora_merge.aggregate(clients, output, method=method, certificate=certificate))
-    return total, sum(flushes)
+        row.time(lambda: merge(clients, output, method, certificate), fsync=lambda: sum(flushes))
 
 
 @contextmanager
 def timing_fsync() -> Iterator[list[float]]:
     """The seconds of each flush of a finished folder, while the block runs."""
     flush, seconds = atomic._flush, []
-    atomic._flush = lambda folder: seconds.append(timed(lambda: flush(folder), settle=False))
+
+    def timed(folder: Path) -> None:
+        start = time.perf_counter()
+        flush(folder)
+        seconds.append(time.perf_counter() - start)
+
+    atomic._flush = timed
     try:
         yield seconds
     finally:
         atomic._flush = flush
 
 
-def timed(work: Callable[[], object], *, settle: bool = True) -> float:
-    """Seconds of wall time; what earlier work left to be written back is written first."""
-    if settle:
-        os.sync()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def report(rows: dict[str, Row]) -> None:
+    print(f"{len(os.sched_getaffinity(0))} CPUs, load {os.getloadavg()[0]:.1f}; medians of {len(rows['read'].wall)}")
+    print(f"{'':8}{'GB':>7}{'best s':>8}{'s':>7}{'GB/s':>7}{'CPU s':>7}{'fsync s':>9}")
+    for name, row in rows.items():
+        rate, cpu, fsync = row.size / 1e9 / row.median, statistics.median(row.cpu), statistics.median(row.fsync)
+        print(f"{name:8}{row.size / 1e9:7.2f}{min(row.wall):8.2f}{row.median:7.2f}{rate:7.2f}{cpu:7.2f}{fsync:9.2f}")
+    for method, plain in (("fedavg", ["read"]), ("exact", ["copy"]), ("exact", ["copy", "sha256"])):
+        best = sum(min(rows[name].wall) for name in plain) / min(rows[method].wall)
+        median = sum(rows[name].median for name in plain) / rows[method].median
+        wanted = f" (wanted: {WANTED})" if len(plain) == 1 else ""
+        print(f"{method} has {median:.2f} of the rate of {' and '.join(plain)}, {best:.2f} at best{wanted}")
 
 
 if __name__ == "__main__":
