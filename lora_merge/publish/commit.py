@@ -115,12 +115,16 @@ def _commit(
     deletions = [CommitOperationDelete(name) for name in removed]
     revision = None if target.create_pr else target.revision
 
-    def attempt() -> _Done:
+    def upload() -> bool:
         with asking(target.repo):
             api.preupload_lfs_files(
                 target.repo, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
             )
-            _require_unchanged(changed)
+        _require_unchanged(changed)
+        return True
+
+    def attempt() -> _Done:
+        with asking(target.repo):
             try:
                 info = api.create_commit(
                     target.repo,
@@ -142,6 +146,8 @@ def _commit(
             return _Done(*proposed) if proposed else None
         return _landed(api, target, head, content)
 
+    # Apart, so that the time of a long upload does not count against the tries of the commit.
+    persist(upload, lambda: None, max_wait=max_wait, tell=tell)
     return persist(attempt, landed, max_wait=max_wait, tell=tell)
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 from lora_merge.errors import ConflictError, NetworkError
 from lora_merge.hub.client import Tell
 
-LONGEST_WAIT = 30.0  # seconds between two tries
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 
 T = TypeVar("T")
 
@@ -17,9 +17,9 @@ def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wai
 
     Raises:
         ConflictError: `landed` says so.
-        NetworkError: after waits of `max_wait` seconds in all.
+        NetworkError: it failed, and `max_wait` seconds after the start it is not tried again.
     """
-    waited, seconds = 0.0, 1.0
+    began, seconds = time.monotonic(), FIRST_WAIT
     while True:
         try:
             return attempt()
@@ -30,9 +30,9 @@ def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wai
                 return found
         except NetworkError as error:  # so it is not known; the parent commit keeps the next try from doing it twice
             failure = error
-        if waited + seconds > max_wait:
+        if time.monotonic() - began + seconds > max_wait:
             hint = "Run the same command again: it sees what has been published. --max-wait waits longer."
             raise type(failure)(failure.message, hint=hint) from failure
         tell(f"{failure.message} Trying again in {seconds:.0f} s.")
         time.sleep(seconds)
-        waited, seconds = waited + seconds, min(2 * seconds, LONGEST_WAIT)
+        seconds = min(2 * seconds, LONGEST_WAIT)
