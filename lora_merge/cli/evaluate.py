@@ -140,7 +140,8 @@ def _losses(models: list[dict[str, Any]]) -> Table:
     for model in models:
         style = "bold" if model["kind"] == "global" else "italic" if model["kind"] == "mean of locals" else None
         loss, perplexity, gain = model["loss"], model["perplexity"], model["gain_over_base"]
-        cells = (_cell(loss, 3, 2), _cell(perplexity, 1, 1), _cell(gain, 3, 2) if gain else "")
+        digits = 1 if perplexity["value"] < 100 else 0
+        cells = (_cell(loss, 3, 2), _cell(perplexity, digits, digits), _cell(gain, 3, 2) if gain else "")
         table.add_row(plain(model["name"]), *cells, style=style)
     return table
 
@@ -149,7 +150,7 @@ def _verdict(model: dict[str, Any]) -> str:
     gain = model["gain_over_mean_of_locals"]
     sure = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
     word = "beats" if gain["value"] > 0 else "falls short of"
-    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3).removeprefix('-')} nats a token{sure}."
+    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3).removeprefix('-')}{sure}."
 
 
 def _answers(answers: dict[str, str]) -> Table:

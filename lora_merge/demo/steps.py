@@ -15,9 +15,9 @@ BATCH_SIZE = 8  # of that recipe
 SETTINGS = ("learning_rate=2e-3",)  # few steps, so larger ones
 HELD_OUT_ROWS_PER_AREA = 12
 QUESTION = prompt_of(
-    "def mean(updates, weights):\n"
-    "    total = sum(weights)\n"
-    "    return sum(weight / total * update for update, weight in zip(updates, weights))"
+    "def is_palindrome(text):\n"
+    "    letters = [char.lower() for char in text if char.isalpha()]\n"
+    "    return letters == letters[::-1]"
 )
 
 
