@@ -129,7 +129,7 @@ def drawn(record: dict[str, Any]) -> RenderableType:
         f"{record['rows']} held-out rows{left_out}, {record['answer_tokens']} answer tokens; 95 % intervals over rows"
     )
     parts: list[RenderableType] = [plain(lead), _losses(record["models"])]
-    parts += [plain(_verdict(model)) for model in record["models"] if model["gain_over_mean_of_locals"]]
+    parts += [plain(verdict(model)) for model in record["models"] if model["gain_over_mean_of_locals"]]
     for answer in record["answers"]:
         parts += [plain(f"\n{answer['prompt']}\n"), _answers(answer["answers"])]
     return Group(*parts)
@@ -146,11 +146,15 @@ def _losses(models: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _verdict(model: dict[str, Any]) -> str:
+def verdict(model: dict[str, Any]) -> str:
+    """Whether a global model was worth it, in one sentence."""
     gain = model["gain_over_mean_of_locals"]
-    sure = "" if gain["low"] > 0 or gain["high"] < 0 else ", which may be chance"
-    word = "beats" if gain["value"] > 0 else "falls short of"
-    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3).removeprefix('-')}{sure}."
+    word = "beats"
+    if gain["value"] < 0:
+        word = "falls short of"
+        gain = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
+    doubt = "" if gain["low"] > 0 else ", which may be chance"
+    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3)}{doubt}."
 
 
 def _answers(answers: dict[str, str]) -> Table:

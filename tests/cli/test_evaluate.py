@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge.cli.evaluate import verdict
 from lora_merge.cli.main import main
 from tests.evaluation.conftest import adapters, held_out
 from tests.training.conftest import base
@@ -56,7 +57,21 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
         assert any(line.strip().startswith(f"{name} ") for line in out.splitlines()), name
     assert "the mean of the locals by" in out
     assert "4 held-out rows" in out
-    assert max(len(line) for line in out.splitlines() if "[" in line) <= 80
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "sentence"),
+    [
+        (0.1, 0.2, 0.3, "g beats the mean of the locals by 0.200 [0.100, 0.300]."),
+        (-0.1, 0.2, 0.3, "g beats the mean of the locals by 0.200 [-0.100, 0.300], which may be chance."),
+        (-0.3, -0.2, -0.1, "g falls short of the mean of the locals by 0.200 [0.100, 0.300]."),
+        (-0.3, -0.2, 0.1, "g falls short of the mean of the locals by 0.200 [-0.100, 0.300], which may be chance."),
+    ],
+)
+def test_the_verdict_says_which_is_better_and_how_surely(low: float, value: float, high: float, sentence: str) -> None:
+    gain = {"low": low, "value": value, "high": high}
+    assert verdict({"name": "g", "gain_over_mean_of_locals": gain}) == sentence
 
 
 def test_what_is_missing_is_not_found(run: Run, tmp_path: Path) -> None:
