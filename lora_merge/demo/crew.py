@@ -19,11 +19,16 @@ _QUIET = {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class StepFailedError(LoraMergeError):
-    """A command of the demo failed; it has that command's exit code."""
+    """A command of the demo failed; it has that command's exit code, error and hint."""
 
     def __init__(self, step: Step, code: int, log: Path) -> None:
-        killed = f"was killed by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with {code}"
-        super().__init__(f"{step.name} {killed}; all it said is in {log}.", hint=f"By itself: {step.shown()}")
+        said = log.read_text(encoding="utf-8").splitlines()
+        error = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), "")
+        hint = next((line.removeprefix("hint: ") for line in said if line.startswith("hint: ")), "")
+        if code < 0:
+            error = f"it was killed by signal {-code} (9 is often a lack of memory)"
+        reason = error or f"it ended with {code}"
+        super().__init__(f"{step.name}: {reason}", hint=hint or f"All that it said is in {log}.")
         self.exit_code = code if code > 0 else 1
 
 

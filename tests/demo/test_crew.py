@@ -82,11 +82,19 @@ def test_no_more_run_at_once_than_allowed(crew: Crew, lines: list[str]) -> None:
 
 def test_a_failure_has_the_exit_code_of_the_step_and_ends_the_others(crew: Crew, lines: list[str]) -> None:
     start = time.monotonic()
-    with pytest.raises(StepFailedError, match=r"broken ended with 3; .*broken\.log") as caught:
+    with pytest.raises(StepFailedError, match="^broken: it ended with 3") as caught:
         crew.run([program("slow", WAIT), program("broken", "import time; time.sleep(0.5); raise SystemExit(3)")], 2)
     assert caught.value.exit_code == 3
+    assert "broken.log" in caught.value.hint
     assert sorted(code or 0 for code in children(crew)) == [-signal.SIGINT, 3]
     assert time.monotonic() - start < 30
+
+
+def test_a_failure_says_what_the_step_said(crew: Crew) -> None:
+    text = "import sys; print('error: no model', file=sys.stderr); print('hint: get one', file=sys.stderr); sys.exit(4)"
+    with pytest.raises(StepFailedError) as caught:
+        crew.run([program("model", text)], 1)
+    assert (caught.value.message, caught.value.hint, caught.value.exit_code) == ("model: no model", "get one", 4)
 
 
 def test_ctrl_c_ends_every_step_and_starts_no_more(crew: Crew, lines: list[str]) -> None:
