@@ -82,7 +82,7 @@ def test_no_more_run_at_once_than_allowed(crew: Crew, lines: list[str]) -> None:
 
 def test_a_failure_has_the_exit_code_of_the_step_and_ends_the_others(crew: Crew, lines: list[str]) -> None:
     start = time.monotonic()
-    with pytest.raises(StepFailedError, match="^broken: it ended with 3") as caught:
+    with pytest.raises(StepFailedError, match=r"^broken: it ended with 3") as caught:
         crew.run([program("slow", WAIT), program("broken", "import time; time.sleep(0.5); raise SystemExit(3)")], 2)
     assert caught.value.exit_code == 3
     assert "broken.log" in caught.value.hint
