@@ -13,7 +13,17 @@ from lora_merge.hub.client import Tell, hub_session
 from lora_merge.hub.failures import write_token
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.prepare import prepare
-from lora_merge.publish.repository import REPOSITORY, Content, Target, count_private
+from lora_merge.publish.repository import (
+    REPOSITORY,
+    Content,
+    Target,
+    count_private,
+    head_of,
+    require_kind,
+    require_may_create,
+    require_visibility,
+    tree,
+)
 
 
 @dataclass(frozen=True)
@@ -70,16 +80,21 @@ def push(
 
 
 def require_access(target: Target, *, max_wait: float, tell: Tell) -> None:
-    """Raise now what a later push to `target` would raise for want of a token, a role or a name.
+    """Raise now what a later push to `target` would raise for want of a token, a role, or a place to publish to.
 
     Raises:
-        NotFoundError: no token, a read-only one, or no role there; with the next command.
-        UsageError: `target` cannot be a repository's name.
+        NotFoundError: no token, a read-only one, no role there, or nothing there to propose to; with the next command.
+        UsageError: `target` cannot be a repository's name, or is a repository of another kind or visibility.
         NetworkError: the Hub cannot be reached.
     """
     require_repository_name(target.repo)
     with hub_session(max_wait, tell) as api:
         require_access_with(api, target)
+        if (head := head_of(api, target)) is None:
+            require_may_create(target)
+        else:
+            require_visibility(head, target)
+            require_kind(tree(api, target.repo, head.commit), Content(()), target.repo)
 
 
 def require_repository_name(repo: str) -> None:

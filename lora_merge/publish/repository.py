@@ -74,8 +74,7 @@ def head_of(api: HfApi, target: Target) -> Head | None:
 
 def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
     """Make the repository. Doing it twice does no harm, so a lost answer is asked for again."""
-    if target.create_pr or target.revision != "main":
-        raise NotFoundError(f"There is no {target.repo} on the Hub, or it is private and you may not read it.")
+    require_may_create(target)
 
     def attempt() -> Head:
         with asking(target.repo):
@@ -86,6 +85,12 @@ def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
         return head
 
     return persist(attempt, lambda: head_of(api, target), max_wait=max_wait, tell=tell)
+
+
+def require_may_create(target: Target) -> None:
+    """Raise `NotFoundError` where a repository that is not there must be: to propose to it, or for a branch of it."""
+    if target.create_pr or target.revision != "main":
+        raise NotFoundError(f"There is no {target.repo} on the Hub, or it is private and you may not read it.")
 
 
 def require_visibility(head: Head, target: Target) -> None:

@@ -154,6 +154,24 @@ def test_aggregate_asks_for_access_before_it_merges(run: Run, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("merged")
+@pytest.mark.parametrize(
+    ("files", "private", "arguments", "code"),
+    [
+        ({}, True, ("--public",), 2),
+        ({"lora_start.json": "{}"}, True, (), 2),
+        (None, True, ("--create-pr",), 4),
+    ],
+)
+def test_a_repository_that_will_not_do_is_said_before_the_merge(
+    run: Run, hub: LocalHub, tmp_path: Path, files: Any, private: bool, arguments: tuple[str, ...], code: int
+) -> None:
+    if files is not None:
+        hub.create("org/new", files, private=private)
+    assert run("aggregate", "client-a", "client-b", "-o", "new", "--push", "org/new", *arguments)[0] == code
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("merged")
 def test_options_of_a_push_without_one_are_a_usage_error(run: Run) -> None:
     for option in ("--private", "--public", "--create-pr"):
         code, _, err = run("aggregate", "client-a", "client-b", "-o", "new", option)
