@@ -48,8 +48,10 @@ def translated(error: Exception, repo: str) -> LoraMergeError:
     """`error`, raised by a call about `repo`, as one of ours."""
     if isinstance(error, hub.HfHubHTTPError):
         return _from_answer(error, repo)
-    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return translated(error.__cause__, repo)
+    if isinstance(cause := error.__cause__, hub.HfHubHTTPError):
+        return _from_answer(cause, repo)  # the library wraps it where it looked into the cache in between
+    if isinstance(error, hub.LocalEntryNotFoundError) and isinstance(cause, Exception):
+        return translated(cause, repo)
     if isinstance(error, hub.OfflineModeIsEnabled):
         return NetworkError(f"{repo} is on the Hub, and HF_HUB_OFFLINE is set.", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, hub.HFValidationError):

@@ -22,6 +22,7 @@ from lora_merge.checkpoint.peft_folder import (
     PICKLE_NAME,
     READ_NAMES,
     WEIGHTS_NAME,
+    Description,
     FolderRefused,
     describe,
 )
@@ -93,11 +94,19 @@ class HubRoom:
         ]
         if too_large:
             raise FolderRefused(too_large)
-        read = {name: files.pop(name) for name in (PICKLE_NAME,) if name in files}
-        description = describe(
-            [*files, *read], lambda name, limit: self._small(ref, files, name), lambda: self._header(ref, files)
+        try:
+            description = self._described(ref, files, trust_cache=True)
+        except FolderRefused:
+            # No hash covers a part of a file, nor was the cache looked at yet: ask the Hub before refusing.
+            description = self._described(ref, files, trust_cache=False)
+        return Candidate(ref, {name: file for name, file in files.items() if name != PICKLE_NAME}, description)
+
+    def _described(self, ref: AdapterRef, files: Mapping[str, FileEntry], *, trust_cache: bool) -> Description:
+        return describe(
+            list(files),
+            lambda name, limit: self._small(ref, files, name),
+            lambda: self._header(ref, files, trust_cache=trust_cache),
         )
-        return Candidate(ref, files, description)
 
     def fetch(self, candidate: Candidate, advance: Advance) -> Path:
         """Download what is not in the cache, and check every file against its listed hash, cached ones too.
@@ -183,16 +192,13 @@ class HubRoom:
                 return text
         raise FileRefused(name, f"{problem}, twice")
 
-    def _header(self, ref: AdapterRef, files: Mapping[str, FileEntry]) -> Mapping[str, TensorEntry]:
+    def _header(
+        self, ref: AdapterRef, files: Mapping[str, FileEntry], *, trust_cache: bool
+    ) -> Mapping[str, TensorEntry]:
         if WEIGHTS_NAME not in files:
             raise FileRefused("file", "is not in the repository")
-        try:
-            return self._read_header(ref, files[WEIGHTS_NAME].size)
-        except FileRefused:
-            return self._read_header(ref, files[WEIGHTS_NAME].size)  # no hash covers a part: ask again before refusing
-
-    def _read_header(self, ref: AdapterRef, size: int) -> Mapping[str, TensorEntry]:
-        cached = cached_file(ref.place, _commit(ref), WEIGHTS_NAME)
+        size = files[WEIGHTS_NAME].size
+        cached = cached_file(ref.place, _commit(ref), WEIGHTS_NAME) if trust_cache else None
 
         def read(start: int, stop: int) -> bytes:
             if cached is None:
