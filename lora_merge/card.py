@@ -214,13 +214,13 @@ def _reproduction(ledger: Ledger, place: Place) -> Iterator[str]:
         yield f"It takes {folders} of the {len(ledger.contributions)} adapters from folders: their hashes are above."
         yield ""
     if place.private_inputs:
-        yield f"{private_inputs(place.private_inputs, len(ledger.contributions))}"
+        yield private_inputs(place.private_inputs, len(ledger.contributions))
         yield ""
 
 
 def private_inputs(private: int, inputs: int) -> str:
     """What publishing a merge of private adapters means."""
-    return f"{private} of the {inputs} adapters are in private repositories: only who may read those can verify this."
+    return f"In private repositories: {private} of the {inputs} adapters. Only who may read those can verify this."
 
 
 def _command(ledger: Ledger) -> str:

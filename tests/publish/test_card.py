@@ -100,7 +100,7 @@ def test_the_command_names_each_commit_where_there_is_none(ledger: Ledger) -> No
 
 def test_private_inputs_are_said(ledger: Ledger) -> None:
     assert "private" not in written(ledger)
-    assert "1 of the 2 adapters are in private repositories" in written(ledger, private_inputs=1)
+    assert "In private repositories: 1 of the 2 adapters" in written(ledger, private_inputs=1)
 
 
 def test_the_certificate_is_said(ledger: Ledger) -> None:

@@ -255,7 +255,7 @@ def test_private_inputs_are_counted_and_said(hub: LocalHub, push: Pusher, publis
     push(client_folder(tmp_path / "two", seed=1), "org/two", private=False)
     publisher.run("import lora_merge; lora_merge.aggregate(['org/one', 'org/two'], out)", out=str(tmp_path / "global"))
     push(tmp_path / "global", "org/global", private=False)
-    assert b"1 of the 2 adapters are in private repositories" in hub.read("org/global", "README.md")
+    assert b"In private repositories: 1 of the 2 adapters" in hub.read("org/global", "README.md")
 
 
 def test_a_push_takes_few_calls(hub: LocalHub, push: Pusher, client_a: Path) -> None:
