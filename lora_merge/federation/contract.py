@@ -15,7 +15,6 @@ from lora_merge.recipe import Agreed, LoadedRecipe, Recipe, read
 
 RECIPE_NAME, START_NAME, CARD_NAME = "recipe.yaml", "lora_start.json", "README.md"
 FILES = (RECIPE_NAME, START_NAME, CARD_NAME)
-MAX_BYTES = 1 << 22
 TAG = "lora-merge-federation"
 # What would leave the federation. The rest of the settings may be set otherwise for one run, and is stated if so.
 FIXED = ("script", "base_model", "base_commit", "r", "target_modules", "seed_lora_A", "prompt_form")

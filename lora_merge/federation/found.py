@@ -8,8 +8,8 @@ from huggingface_hub import HfApi
 
 from lora_merge.errors import UsageError
 from lora_merge.federation.contract import FILES, Start, contract_files
+from lora_merge.federation.listing import fetched, listing
 from lora_merge.hub.client import Tell, hub_session
-from lora_merge.hub.failures import asking
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.files import RecordFile
 from lora_merge.publish.push import require_access_with, require_repository_name
@@ -84,15 +84,15 @@ def _base(api: HfApi, recipe: Recipe, base: Path | None) -> tuple[Recipe, FoundB
     if base is not None:
         found = find_base(recipe, base, lambda line: None)
         return recipe, found, weights_sha256(found.folder)
-    with asking(recipe.base_model):
-        info = api.model_info(recipe.base_model, revision=recipe.base_commit, files_metadata=True)
-        commit = str(info.sha)
-        config = Path(api.hf_hub_download(recipe.base_model, "config.json", revision=commit))
-        hashes = {each.rfilename: each.lfs.sha256 for each in info.siblings or [] if each.lfs}
-        names = {"model.safetensors"}
-        if any(each.rfilename == INDEX_NAME for each in info.siblings or []):
-            names = indexed(Path(api.hf_hub_download(recipe.base_model, INDEX_NAME, revision=commit)))
-    weights = weights_digest({name: hashes[name] for name in names}) if names <= hashes.keys() else None
+    commit, files = listing(api, recipe.base_model, recipe.base_commit)
+    if "config.json" not in files:
+        raise UsageError(f"{recipe.base_model} holds no config.json: it is not a model.")
+    config = fetched(recipe.base_model, commit, files["config.json"])
+    names = {"model.safetensors"}
+    if INDEX_NAME in files:
+        names = indexed(fetched(recipe.base_model, commit, files[INDEX_NAME]))
+    hashes = {name: file.sha256 for name, file in files.items() if file.sha256 and name in names}
+    weights = weights_digest(hashes) if len(hashes) == len(names) else None
     return replace(recipe, base_commit=commit), FoundBase(recipe.base_model, config.parent, commit), weights
 
 
