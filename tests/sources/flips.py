@@ -4,7 +4,6 @@
 """
 
 import random
-import shutil
 import sys
 from collections import Counter
 
@@ -37,18 +36,11 @@ def flip(made: Bench, draw: random.Random) -> str:
     return f"refused, exit {code}"
 
 
-def prepare(made: Bench) -> None:
-    """What the clients make when nothing is flipped."""
-    assert made.pull(made.pullers[False])[0] == 0
-    made.expected = digests(made.pullers[False].folder / "global")
-    shutil.rmtree(made.pullers[False].folder / "global")
-
-
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 300
     draw, ended = random.Random(0), Counter[str]()
     for made in bench():
-        prepare(made)
+        made.expect(made.pullers[False])
         for _ in range(count):
             ended[flip(made, draw)] += 1
     print(f"{count} bits flipped, none unnoticed: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))

@@ -87,8 +87,7 @@ class Bench:
         """How the case ended; raises `AssertionError` where it must not end so."""
         puller = self.pullers[case.xet]
         if not self.expected:
-            assert self.pull(puller)[0] == 0
-            self.expected = digests(puller.folder / "global")
+            self.expect(puller)
         kind, options = FAULTS[case.fault]
         self.hub.clear_faults()
         fault = self.hub.fault(REQUESTS[case.request], kind, times=case.times, **options)  # type: ignore[arg-type]
@@ -111,9 +110,20 @@ class Bench:
         assert not survived, f"{case}: exit {code}: {err}"
         return f"exit {code}"
 
-    def pull(self, puller: Puller) -> tuple[int, str]:
+    def expect(self, puller: Puller) -> None:
+        """Note what is made when nothing goes wrong."""
+        code, err = self.pull(puller)
+        assert code == 0, err
+        self.expected = digests(puller.folder / "global")
+
+    def clear(self, puller: Puller) -> None:
+        """No cache, no output."""
         puller.forget()
         shutil.rmtree(puller.folder / "global", ignore_errors=True)
+
+    def pull(self, puller: Puller) -> tuple[int, str]:
+        """Merge with an empty cache: the exit code, and what was said on stderr beside waits and warnings."""
+        self.clear(puller)
         ran = puller("org/client-*", "-o", "global", "--max-wait", str(MAX_WAIT), timeout=TIMEOUT)
         errors = [line for line in ran.err.splitlines() if not line.startswith("warning: ")]
         return ran.code, "\n".join(line for line in errors if "trying again" not in line)

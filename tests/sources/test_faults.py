@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.hub.server import LocalHub
+from tests.sources.crash import sample
 from tests.sources.federation import Puller, publish
-from tests.sources.flips import flip, prepare
+from tests.sources.flips import flip
 from tests.sources.matrix import SURVIVED_ONCE, Bench, Case, cases
 
 QUICK = [case for case in cases() if case.fault != "stall" and (case.times or case.fault not in SURVIVED_ONCE)]
@@ -30,10 +31,14 @@ def test_every_fault_ends_in_the_right_bytes_or_in_a_sentence(made: Bench) -> No
 
 
 def test_every_flipped_bit_is_noticed(made: Bench) -> None:
-    prepare(made)
+    made.expect(made.pullers[False])
     draw = random.Random(2)
     for _ in range(12):
         flip(made, draw)
+
+
+def test_a_kill_at_any_step_is_made_good_by_the_same_command(made: Bench) -> None:
+    assert sample(made, 6, seed=3) >= 3
 
 
 @pytest.fixture
