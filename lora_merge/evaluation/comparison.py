@@ -1,6 +1,6 @@
 """The corridor of `evaluate`: rows, base, adapters one by one, then losses, gains and answers of all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ import torch
 
 from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.errors import UsageError
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.evaluation.answers import answer_nll, answer_tokens, greedy_answer
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
 from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapter, pick_device
-from lora_merge.statement import Statement
+from lora_merge.ledger import FILE_NAME as LEDGER_NAME
+from lora_merge.ledger import Ledger, LedgerError
 from lora_merge.training.base_model import FoundBase, load_tokenizer, weights_sha256
 from lora_merge.training.data import Encoded, encode, read_rows
 
@@ -103,7 +105,7 @@ def compare(
     found = find_model(question.base, tell)
     _warn_of_other_bases(found, adapters, warn)
     tokenizer = load_tokenizer(found)
-    form = question.prompt_form or stated_prompt_form([adapter.statement for adapter in adapters])
+    form = question.prompt_form or stated_prompt_form(adapters)
     base = load_base(found, question.dtype, device)
     longest = min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
     encoded = [encode(row, tokenizer, form, longest) for row in rows]
@@ -151,20 +153,35 @@ def scores_of(names: Sequence[str], kinds: Sequence[str], losses: Losses) -> lis
     return scores
 
 
-def stated_prompt_form(statements: Sequence[Statement | None]) -> str:
-    """The prompt form that the adapters' recipes state; plain where none does.
+def stated_prompt_form(adapters: Sequence[PeftFolder]) -> str:
+    """The prompt form that the clients state, or those that were merged; plain where none does.
 
     Raises:
-        UsageError: two adapters state different forms.
+        UsageError: different forms are stated.
+        RefusedError: a global adapter's record is malformed.
     """
-    recipes = [statement.recipe for statement in statements if statement and statement.recipe]
-    forms = {recipe.prompt_form for recipe in recipes if recipe.prompt_form}
+    forms = {form for adapter in adapters for form in _prompt_forms(adapter)}
     if len(forms) > 1:
         raise UsageError(
             f"The adapters were trained on different prompt forms: {', '.join(sorted(forms))}.",
             hint="--prompt-form measures all of them on one.",
         )
     return forms.pop() if forms else "plain"
+
+
+def _prompt_forms(adapter: PeftFolder) -> Iterator[str]:
+    if adapter.statement and adapter.statement.recipe and adapter.statement.recipe.prompt_form:
+        yield adapter.statement.recipe.prompt_form
+    if is_global(adapter.folder):
+        recipes = [contribution.recipe or {} for contribution in _ledger(adapter.folder).contributions]
+        yield from (str(recipe["prompt_form"]) for recipe in recipes if recipe.get("prompt_form"))
+
+
+def _ledger(folder: Path) -> Ledger:
+    try:
+        return Ledger.from_json(parse_json((folder / LEDGER_NAME).read_bytes(), LEDGER_NAME))
+    except (FileRefused, LedgerError) as error:
+        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
 
 
 def _drawn(examples: list[Encoded], question: Question) -> list[Encoded]:

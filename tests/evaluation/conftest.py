@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge import aggregate
 from tests.adapters import Client, adapter, save
 from tests.training.conftest import base
 
@@ -23,12 +24,11 @@ def client_on(base: Path, folder: Path, seed: int, **lora: object) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """Two clients and a third folder that says it is their merge. Read them; copy before you change one."""
+    """Two clients and their merge. Read them; copy before you change one."""
     root = tmp_path_factory.mktemp("adapters")
-    folders = tuple(client_on(base, root / name, seed) for seed, name in enumerate(("north", "south", "global")))
-    (folders[2] / "lora_merge.json").unlink()
-    (folders[2] / "aggregation.json").write_text("{}")
-    return folders
+    north, south = (client_on(base, root / name, seed) for seed, name in enumerate(("north", "south")))
+    aggregate([north, south], root / "global")
+    return north, south, root / "global"
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_merge import aggregate
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
 from lora_merge.evaluation.comparison import Comparison, Question, compare, scores_of, stated_prompt_form
 from lora_merge.evaluation.intervals import bootstrap
+from lora_merge.evaluation.models import open_adapter
 from lora_merge.statement import BaseModel, RecipeRef, Statement
 
 Ask = Callable[..., Comparison]
@@ -142,15 +144,26 @@ def test_nothing_is_measured_when_an_adapter_is_missing_or_refused(
         ask(adapters=(*adapters, tmp_path / "empty"))
 
 
-def stated(form: str | None) -> Statement:
-    return Statement("a", recipe=RecipeRef("laptop", "0" * 64, form))
+def test_the_prompt_form_is_the_one_that_the_clients_state(adapters: tuple[Path, ...], tmp_path: Path) -> None:
+    def client(name: str, form: str | None) -> Path:
+        shutil.copytree(adapters[0], tmp_path / name)
+        statement = Statement(f"org/{name}", num_examples=1, recipe=RecipeRef("ours", "0" * 64, form))
+        (tmp_path / name / "lora_merge.json").write_text(statement.to_json())
+        return tmp_path / name
 
+    def form(*folders: Path) -> str:
+        return stated_prompt_form([open_adapter(folder) for folder in folders])
 
-def test_the_prompt_form_is_the_one_that_the_adapters_state() -> None:
-    assert stated_prompt_form([stated("chat"), None, stated(None), stated("chat")]) == "chat"
-    assert stated_prompt_form([stated(None), Statement("a"), None]) == "plain"
+    chat, alpaca, silent = client("chat", "chat"), client("alpaca", "alpaca"), client("silent", None)
+    assert form(chat, silent) == "chat"
+    assert form(silent, *adapters) == "plain"
     with pytest.raises(UsageError, match="different prompt forms: alpaca, chat"):
-        stated_prompt_form([stated("chat"), stated("alpaca")])
+        form(chat, alpaca)
+    aggregate([chat, silent], tmp_path / "global")
+    assert form(tmp_path / "global") == "chat"
+    (tmp_path / "global" / "aggregation.json").write_text("{}")
+    with pytest.raises(RefusedError, match=r"aggregation\.json"):
+        form(tmp_path / "global")
 
 
 def test_a_global_without_locals_is_compared_to_the_base_alone() -> None:
