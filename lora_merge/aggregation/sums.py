@@ -34,12 +34,12 @@ def _weights(module: Module) -> Iterator[tuple[float, Factors]]:
 def stack(module: Module) -> Factors:
     """Blocks sqrt(n_i s_i) (B_i, A_i) side by side. Copies and elementwise products: the same bytes everywhere."""
     spec, scaling = module.spec, module.alpha / module.total
-    like = module.shares[0].read().A
-    B = like.new_empty(spec.blocks, spec.d_out, module.K)
-    A = like.new_empty(spec.blocks, module.K, spec.d_in)
     bias = _BiasSum(module)
     at = 0
     for weight, update in _weights(module):
+        if at == 0:
+            B = update.B.new_empty(spec.blocks, spec.d_out, module.K)
+            A = update.A.new_empty(spec.blocks, module.K, spec.d_in)
         root, end = math.sqrt(weight), at + update.r
         torch.mul(update.B, root, out=B[:, :, at:end])
         torch.mul(update.A, root, out=A[:, at:end])
