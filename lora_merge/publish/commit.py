@@ -29,6 +29,7 @@ from lora_merge.publish.repository import (
     require_visibility,
     tree,
 )
+from lora_merge.publish.upload import seconds_for, within
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ def _commit(
 
     def upload() -> bool:
         with asking(target.repo):
-            api.preupload_lfs_files(
-                target.repo, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
+            within(
+                seconds_for(sum(file.size for file in changed)),
+                lambda: api.preupload_lfs_files(
+                    target.repo, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
+                ),
             )
         _require_unchanged(changed)
         return True

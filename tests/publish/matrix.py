@@ -3,13 +3,14 @@
 All of it: `python -m tests.publish.matrix`, which prints its count. The test takes a sample.
 """
 
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 
 from tests.hub.client import Client
@@ -37,6 +38,7 @@ REQUESTS = {
 # What goes away by itself must be survived; a page of HTML, a refusal or an hour's wait need not be.
 SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "reset", "stall", "delay", "lost"}
 CODES = {4, 5}
+SEEDS = count()
 
 PUSH = """
 import contextlib, io, os, sys
@@ -88,6 +90,7 @@ class Bench:
     def run(self, case: Case) -> str:
         """How the case ended; raises `AssertionError` where it must not end so."""
         self.hub.reset(xet=case.xet)
+        self.renew()
         token = self.hub.user("alice", orgs={"org": "write"})
         kind, options = FAULTS[case.fault]
         fault = self.hub.fault(REQUESTS[case.request], kind, times=case.times, **options)  # type: ignore[arg-type]
@@ -113,6 +116,11 @@ class Bench:
         assert (again, self.commits()) == (0, 1), f"{case}: then exit {again}, {self.commits()} commits: {err}"
         self.require_whole(case)
         return f"exit {code}, then published"
+
+    def renew(self) -> None:
+        """Other weights: a process remembers what it has sent over Xet, and would not send it again."""
+        shutil.rmtree(self.folder)
+        client_folder(self.folder, seed=next(SEEDS))
 
     def push(self, xet: bool, token: str) -> tuple[int, str]:
         given = {"folder": str(self.folder), "token": token, "timeout": TIMEOUT, "max_wait": MAX_WAIT}
