@@ -1,6 +1,6 @@
 """The corridor of `evaluate`: rows, base, adapters one by one, then losses, gains and answers of all of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,15 +11,12 @@ import torch
 
 from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
-from lora_merge.errors import Problem, RefusedError, UsageError
-from lora_merge.evaluation.answers import answer_nll, answer_tokens, greedy_answer
+from lora_merge.evaluation.answers import answer_nll, greedy_answer
+from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
-from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapter, pick_device
-from lora_merge.ledger import FILE_NAME as LEDGER_NAME
-from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapters, pick_device
 from lora_merge.training.base_model import FoundBase, load_tokenizer, weights_sha256
-from lora_merge.training.data import Encoded, encode, read_rows
+from lora_merge.training.data import read_rows
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -101,39 +98,63 @@ def compare(
     """
     device = pick_device(question.device)
     rows = read_rows(question.data)
-    adapters = [open_adapter(folder) for folder in question.adapters]
-    found = find_model(question.base, tell)
-    _warn_of_other_bases(found, adapters, warn)
-    tokenizer = load_tokenizer(found)
-    form = question.prompt_form or stated_prompt_form(adapters)
-    base = load_base(found, question.dtype, device)
-    longest = min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
-    encoded = [encode(row, tokenizer, form, longest) for row in rows]
-    examples = _drawn([example for example in encoded if example], question)
-    tell(f"Prompt form {form}; {len(examples)} rows, {int(answer_tokens(examples).sum())} answer tokens")
-
-    names, kinds = ("base", *_names(adapters)), ("base", *map(_kind, question.adapters))
-    nll, answers = [], []
-    with pool(None if device.type == "cpu" else 1) as threads:
-        for name, adapter in zip(names, (None, *adapters), strict=True):
-            model = attach(base, adapter) if adapter else base
-            said = [threads.submit(_answer, model, tokenizer, prompt, form, question) for prompt in question.prompts]
-            with progress(name, len(examples)) as advance:
-                nll.append(_nll(model, examples, tokenizer, threads, question.batch_size, advance))
-            answers.append([answer.result() for answer in said])
-            tell(f"{name}: loss {nll[-1].sum() / answer_tokens(examples).sum():.3f}")
-    losses = bootstrap(torch.stack(nll), answer_tokens(examples), question.seed)
+    with open_adapters(question.adapters) as adapters:
+        found = find_model(question.base, tell)
+        _warn_of_other_bases(found, adapters, warn)
+        tokenizer = load_tokenizer(found)
+        form = question.prompt_form or stated_prompt_form(adapters)
+        base = load_base(found, question.dtype, device)
+        held_out = held_out_of(rows, tokenizer, form, _longest(base, question), question.limit, question.seed)
+        tell(f"Prompt form {form}; {len(held_out.examples)} rows, {held_out.tokens.sum()} answer tokens")
+        names, kinds = ("base", *_names(adapters)), ("base", *map(_kind, question.adapters))
+        with pool(None if device.type == "cpu" else 1) as threads:
+            measure = _Measure(question, held_out, tokenizer, threads, progress, tell)
+            measured = [measure(base, names[0])]
+            measured += [
+                measure(attach(base, adapter), name) for adapter, name in zip(adapters, names[1:], strict=True)
+            ]
+    losses = bootstrap(torch.stack([nll for nll, _ in measured]), held_out.tokens, question.seed)
     return Comparison(
         scores=tuple(scores_of(names, kinds, losses)),
-        rows=len(examples),
-        rows_left_out=sum(example is None for example in encoded),
-        answer_tokens=int(answer_tokens(examples).sum()),
+        rows=len(held_out.examples),
+        rows_left_out=held_out.left_out,
+        answer_tokens=int(held_out.tokens.sum()),
         prompt_form=form,
         device=str(device),
         prompts=question.prompts,
         models=names,
-        answers=tuple(zip(*answers, strict=True)),
+        answers=tuple(zip(*(answers for _, answers in measured), strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What is done with each model: its losses on the held-out rows, and its answers to the prompts."""
+
+    question: Question
+    held_out: HeldOut
+    tokenizer: Any
+    threads: ThreadPoolExecutor
+    progress: Progress
+    tell: Callable[[str], None]
+
+    def __call__(self, model: Any, name: str) -> tuple[torch.Tensor, list[str]]:
+        answers = [self.threads.submit(self._answer, model, prompt) for prompt in self.question.prompts]
+        with self.progress(name, len(self.held_out.examples)) as advance:
+            nll = answer_nll(
+                model,
+                self.held_out.examples,
+                threads=self.threads,
+                batch_size=self.question.batch_size,
+                pad_token_id=self.tokenizer.pad_token_id,
+                advance=advance,
+            )
+        self.tell(f"{name}: loss {nll.sum() / self.held_out.tokens.sum():.3f}")
+        return nll, [answer.result() for answer in answers]
+
+    def _answer(self, model: Any, prompt: str) -> str:
+        form, most = self.held_out.prompt_form, self.question.max_new_tokens
+        return greedy_answer(model, self.tokenizer, prompt, prompt_form=form, max_new_tokens=most)
 
 
 def scores_of(names: Sequence[str], kinds: Sequence[str], losses: Losses) -> list[Score]:
@@ -153,47 +174,6 @@ def scores_of(names: Sequence[str], kinds: Sequence[str], losses: Losses) -> lis
     return scores
 
 
-def stated_prompt_form(adapters: Sequence[PeftFolder]) -> str:
-    """The prompt form that the clients state, or those that were merged; plain where none does.
-
-    Raises:
-        UsageError: different forms are stated.
-        RefusedError: a global adapter's record is malformed.
-    """
-    forms = {form for adapter in adapters for form in _prompt_forms(adapter)}
-    if len(forms) > 1:
-        raise UsageError(
-            f"The adapters were trained on different prompt forms: {', '.join(sorted(forms))}.",
-            hint="--prompt-form measures all of them on one.",
-        )
-    return forms.pop() if forms else "plain"
-
-
-def _prompt_forms(adapter: PeftFolder) -> Iterator[str]:
-    if adapter.statement and adapter.statement.recipe and adapter.statement.recipe.prompt_form:
-        yield adapter.statement.recipe.prompt_form
-    if is_global(adapter.folder):
-        recipes = [contribution.recipe or {} for contribution in _ledger(adapter.folder).contributions]
-        yield from (str(recipe["prompt_form"]) for recipe in recipes if recipe.get("prompt_form"))
-
-
-def _ledger(folder: Path) -> Ledger:
-    try:
-        return Ledger.from_json(parse_json((folder / LEDGER_NAME).read_bytes(), LEDGER_NAME))
-    except (FileRefused, LedgerError) as error:
-        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
-
-
-def _drawn(examples: list[Encoded], question: Question) -> list[Encoded]:
-    if not examples:
-        raise UsageError(f"No row of {question.data} keeps a token of its answer within {question.max_length} tokens.")
-    if question.limit is None or question.limit >= len(examples):
-        return examples
-    generator = torch.Generator().manual_seed(question.seed)
-    chosen = torch.randperm(len(examples), generator=generator)[: question.limit]
-    return [examples[index] for index in sorted(chosen.tolist())]
-
-
 def _kind(folder: Path) -> str:
     return "global" if is_global(folder) else "local"
 
@@ -206,20 +186,9 @@ def _names(adapters: Sequence[PeftFolder]) -> list[str]:
     ]
 
 
-def _nll(
-    model: Any,
-    examples: Sequence[Encoded],
-    tokenizer: Any,
-    threads: ThreadPoolExecutor,
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> torch.Tensor:
-    pad = tokenizer.pad_token_id
-    return answer_nll(model, examples, threads=threads, batch_size=batch_size, pad_token_id=pad, advance=advance)
-
-
-def _answer(model: Any, tokenizer: Any, prompt: str, form: str, question: Question) -> str:
-    return greedy_answer(model, tokenizer, prompt, prompt_form=form, max_new_tokens=question.max_new_tokens)
+def _longest(base: Any, question: Question) -> int:
+    """`max_length`, but never more than the model reads."""
+    return min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
 
 
 def _warn_of_other_bases(found: FoundBase, adapters: Sequence[PeftFolder], warn: Callable[[str], None]) -> None:

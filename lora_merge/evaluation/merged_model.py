@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_merge.checkpoint.folder import atomic_folder, check_free
-from lora_merge.evaluation.models import attach_in_place, find_model, load_base, open_adapter
+from lora_merge.evaluation.models import attach_in_place, find_model, load_base, open_adapters
 from lora_merge.training.base_model import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,11 +49,11 @@ def export(
         NotFoundError, NetworkError: the adapter or the base is not there.
     """
     check_free(output, force=force)
-    opened = open_adapter(adapter)
-    found = find_model(base, tell)
-    load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
-    tell(f"Merging {adapter} into {base} in fp32")
-    model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened)
+    with open_adapters([adapter]) as opened:
+        found = find_model(base, tell)
+        load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
+        tell(f"Merging {adapter} into {base} in fp32")
+        model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0])
     merged = model.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     tell(f"Writing {output}")
     with atomic_folder(output, force=force) as folder:

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,30 @@ def open_adapter(folder: Path) -> PeftFolder:
         return open_folder(folder)
     except FolderRefused as refused:
         raise RefusedError(refused.problems(str(folder))) from refused
+
+
+@contextmanager
+def open_adapters(folders: Sequence[Path]) -> Iterator[list[PeftFolder]]:
+    """Open adapter folders, and close them when the block ends.
+
+    Raises:
+        NotFoundError: one is not there.
+        RefusedError: with every reason of every one that is refused.
+    """
+    opened: list[PeftFolder] = []
+    problems: list[Problem] = []
+    try:
+        for folder in folders:
+            try:
+                opened.append(open_adapter(folder))
+            except RefusedError as refused:
+                problems += refused.problems
+        if problems:
+            raise RefusedError(problems)
+        yield opened
+    finally:
+        for adapter in opened:
+            adapter.close()
 
 
 def attach(base: Any, adapter: PeftFolder) -> Any:

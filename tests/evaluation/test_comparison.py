@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
-from lora_merge.evaluation.comparison import Comparison, Question, compare, scores_of, stated_prompt_form
+from lora_merge.evaluation.comparison import Comparison, Question, compare, scores_of
+from lora_merge.evaluation.held_out import stated_prompt_form
 from lora_merge.evaluation.intervals import bootstrap
 from lora_merge.evaluation.models import open_adapter
 from lora_merge.statement import BaseModel, RecipeRef, Statement
@@ -140,8 +141,10 @@ def test_nothing_is_measured_when_an_adapter_is_missing_or_refused(
     with pytest.raises(NotFoundError, match="none"):
         ask(adapters=(tmp_path / "none",))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RefusedError, match="empty"):
-        ask(adapters=(*adapters, tmp_path / "empty"))
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(RefusedError) as caught:
+        ask(adapters=(tmp_path / "bare", *adapters, tmp_path / "empty"))
+    assert {problem.client for problem in caught.value.problems} == {str(tmp_path / name) for name in ("bare", "empty")}
 
 
 def test_the_prompt_form_is_the_one_that_the_clients_state(adapters: tuple[Path, ...], tmp_path: Path) -> None:

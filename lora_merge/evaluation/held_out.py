@@ -1,0 +1,81 @@
+"""What every model is measured on: held-out rows as tokens, in the prompt form that the adapters were trained on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, PeftFolder
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.errors import Problem, RefusedError, UsageError
+from lora_merge.evaluation.answers import answer_tokens
+from lora_merge.evaluation.models import is_global
+from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.training.data import Encoded, Row, encode
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows as tokens; `left_out` counts those whose prompt alone was too long."""
+
+    examples: Sequence[Encoded]
+    left_out: int
+    prompt_form: str
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """(n): the answer tokens of each example."""
+        return answer_tokens(self.examples)
+
+
+def held_out_of(
+    rows: Sequence[Row], tokenizer: Any, prompt_form: str, max_length: int, limit: int | None, seed: int
+) -> HeldOut:
+    """Rows as tokens, `limit` of them drawn by `seed` where it is given.
+
+    Raises:
+        UsageError: no row keeps a token of its answer within `max_length`.
+    """
+    encoded = [encode(row, tokenizer, prompt_form, max_length) for row in rows]
+    examples = [example for example in encoded if example]
+    if not examples:
+        raise UsageError(f"No row keeps a token of its answer within {max_length} tokens.", hint="--max-length")
+    left_out = len(encoded) - len(examples)
+    if limit is not None and limit < len(examples):
+        chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:limit]
+        examples = [examples[index] for index in sorted(chosen.tolist())]
+    return HeldOut(examples, left_out, prompt_form)
+
+
+def stated_prompt_form(adapters: Sequence[PeftFolder]) -> str:
+    """The prompt form that the clients state, or those that were merged; plain where none does.
+
+    Raises:
+        UsageError: different forms are stated.
+        RefusedError: a global adapter's record is malformed.
+    """
+    forms = {form for adapter in adapters for form in _prompt_forms(adapter)}
+    if len(forms) > 1:
+        raise UsageError(
+            f"The adapters were trained on different prompt forms: {', '.join(sorted(forms))}.",
+            hint="--prompt-form measures all of them on one.",
+        )
+    return forms.pop() if forms else "plain"
+
+
+def _prompt_forms(adapter: PeftFolder) -> Iterator[str]:
+    if adapter.statement and adapter.statement.recipe and adapter.statement.recipe.prompt_form:
+        yield adapter.statement.recipe.prompt_form
+    if is_global(adapter.folder):
+        recipes = [contribution.recipe or {} for contribution in _ledger(adapter.folder).contributions]
+        yield from (str(recipe["prompt_form"]) for recipe in recipes if recipe.get("prompt_form"))
+
+
+def _ledger(folder: Path) -> Ledger:
+    try:
+        return Ledger.from_json(parse_json((folder / LEDGER_NAME).read_bytes(), LEDGER_NAME))
+    except (FileRefused, LedgerError) as error:
+        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
