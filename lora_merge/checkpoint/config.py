@@ -121,7 +121,8 @@ def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[Adapter
     take = reader.take
     reader.problems += _refusals(data)
     config = AdapterConfig(
-        base_model=take("base_model_name_or_path", None, _is_text, "a text"),
+        # PEFT before 0.20 writes an empty name where a model came from no repository.
+        base_model=take("base_model_name_or_path", None, _is_text_or_empty, "a text") or None,
         task_type=take("task_type", None, _TASKS.__contains__, f"one of {', '.join(_TASKS)}"),
         r=take("r", 8, is_rank, f"a whole number from 1 to {max_r}"),
         lora_alpha=take("lora_alpha", 8, _is_alpha, "a finite number above 0"),
@@ -166,6 +167,10 @@ def _is_bool(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and _TEXT.fullmatch(value) is not None
+
+
+def _is_text_or_empty(value: object) -> bool:
+    return value == "" or _is_text(value)
 
 
 def _is_alpha(value: object) -> bool:
