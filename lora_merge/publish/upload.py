@@ -10,8 +10,8 @@ from lora_merge.hub import client
 
 
 def seconds_for(size: int) -> float:
-    """How long sending `size` bytes may take: what any call may, and the time of a very slow line."""
-    return client.CALL_SECONDS + size / client.SLOWEST_BYTES_A_SECOND
+    """How long sending `size` bytes may take: three calls, as the library tries again, and the time of a slow line."""
+    return 3 * client.CALL_SECONDS + size / client.SLOWEST_BYTES_A_SECOND
 
 
 def within(seconds: float, send: Callable[[], object]) -> None:

@@ -19,7 +19,8 @@ from tests.publish.conftest import client_folder
 from tests.sources.federation import impatient
 from tests.sources.matrix import FAULTS
 
-TIMEOUT, MAX_WAIT, DEADLINE = 1.0, 2.0, 40.0  # seconds: of a read, of all waits of a call, of the command
+# In seconds, of a read, of all waits of a call, and of the command: a sixtieth of the real ones.
+TIMEOUT, MAX_WAIT, DEADLINE = 1.0, 5.0, 40.0
 
 REQUESTS = {
     "who am I": "GET /api/whoami-v2",
