@@ -1,5 +1,6 @@
 """From sources to a federation: every client examined, fetched, weighted; or every reason why not, at once."""
 
+import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from lora_merge.checkpoint.peft_folder import Description, FolderRefused, PeftFo
 from lora_merge.errors import MissingBaseError, NotFoundError, Problem, RefusedError, UsageError
 from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, Rooms, open_rooms
+
+FILES_BESIDE = 200  # sockets, caches, libraries
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,27 @@ def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
     ]
 
 
+def _allow_open_files(count: int) -> None:
+    """Every client's weights stay open through the merge: let this process have that many files.
+
+    Raises:
+        UsageError: the system does not.
+    """
+    needed = count + FILES_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageError(
+            f"{count} clients need {needed} open files, and this system allows {hard}.",
+            hint=f"Raise the limit (ulimit -Hn {needed}), or merge in parts.",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _open(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapping[str, AdapterRef]) -> None:
     """Open each folder into `opened`; what was examined is examined again, now on the bytes that will be merged."""
+    _allow_open_files(len(folders))
     problems: list[Problem] = []
     for client, folder in folders.items():
         try:
