@@ -10,7 +10,7 @@ A block's update is `delta_w = scaling * B @ A`. A file's tensors are brought in
 `lora_merge.checkpoint.layout`, so the algebra never sees a convolution or an expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -106,23 +106,6 @@ class Adapter(Protocol):
         ...
 
     def __getitem__(self, module: str) -> Update: ...
-
-
-@dataclass(frozen=True)
-class MemoryAdapter:
-    """An adapter whose updates are at hand."""
-
-    updates: Mapping[str, Update]
-
-    @property
-    def specs(self) -> Mapping[str, Spec]:
-        return {name: spec_of(update) for name, update in self.updates.items()}
-
-    def __getitem__(self, module: str) -> Update:
-        return self.updates[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.updates)
 
 
 def spec_of(update: Update) -> Spec:

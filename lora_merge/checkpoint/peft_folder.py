@@ -145,11 +145,6 @@ class FolderRefused(ValueError):
         return [Problem(client, reason.field, reason.reason) for reason in self.reasons]
 
 
-def read_statement(folder: Path) -> Statement | None:
-    """The folder's `lora_merge.json`, or None where it has none; raises `FileRefused` where it is malformed."""
-    return _statement(_read_small(folder / FILE_NAME, MAX_BYTES)) if (folder / FILE_NAME).exists() else None
-
-
 def _statement(text: bytes) -> Statement:
     try:
         return Statement.from_json(parse_json(text, FILE_NAME))
