@@ -124,9 +124,11 @@ def spec_of(update: Update) -> Spec:
 class Client:
     """One client of a merge: its id, its weight n (examples, or as given), its adapter.
 
-    p, its share, is n over the sum of all clients' n.
+    p, its share, is n over the sum of all clients' n. A `stored` one is what an earlier merge kept of clients: its
+    factors carry sqrt(n s) each already.
     """
 
     id: str
     n: float
     adapter: Adapter
+    stored: bool = False

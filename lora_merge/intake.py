@@ -198,16 +198,17 @@ def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, devic
         MissingBaseError: the mean needs base tensors that are not at hand.
     """
     folders = inputs.clients
-    clients = [Client(client, inputs.weights[client], folder) for client, folder in folders.items()]
+    clients = [Client(client, n, folders[client]) for client, n in inputs.weights.items() if n > 0]
+    total = sum(inputs.weights.values())
     conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
-    without = Federation(clients, alpha, None, conv1d, device)
+    without = Federation(clients, total, alpha, None, conv1d, device)
     needed = without.needed_base_tensors()
     model = _base_model(folders, base, needed)
     if model is not None and (missing := [name for name in needed if not model.has(name)]):
         raise NotFoundError(
             f"The base model {base or agreed_base_model(folders)} has no tensor {', '.join(missing[:5])}."
         )
-    return Federation(clients, alpha, model, conv1d, device)
+    return Federation(clients, total, alpha, model, conv1d, device)
 
 
 def _base_model(folders: Mapping[str, PeftFolder], base: str | Path | None, needed: Sequence[str]) -> BaseModel | None:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from lora_merge.adapter import TokenSpec
 from lora_merge.aggregation.certificate import SquaredError, relative_error
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
-from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings
+from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, PeftFolder
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
@@ -113,21 +112,15 @@ def write_records(
     work: Path, ledger: Ledger, lock: Lock, folders: Mapping[str, PeftFolder], merges: list[Merge]
 ) -> None:
     """Write everything but the weights: adapter_config.json, aggregation.json, lora-merge.lock, README.md."""
-    configs = [folder.config for folder in folders.values()]
+    configs = [folders[each.client_id].config for each in ledger.contributions if each.weight > 0]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
     whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
-    config = merged_config(configs, modules, _tokens(folders), whole) | {"base_model_name_or_path": ledger.base_model}
+    tokens = {
+        m.name.removesuffix(TOKEN_SUFFIX): m.federation.tokens(m.name) for m in merges if isinstance(m, TokensMerge)
+    }
+    config = merged_config(configs, modules, tokens, whole) | {"base_model_name_or_path": ledger.base_model}
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     (work / LEDGER_NAME).write_text(ledger.to_json())
     (work / LOCK_NAME).write_text(lock.to_json())
     local = ledger.base_model is not None and is_local(ledger.base_model)
     (work / "README.md").write_text(global_card(ledger, task_type=config["task_type"], base_is_local=local))
-
-
-def _tokens(folders: Mapping[str, PeftFolder]) -> dict[str, tuple[int, ...]]:
-    found: dict[str, set[int]] = {}
-    for folder in folders.values():
-        for name, spec in folder.specs.items():
-            if isinstance(spec, TokenSpec):
-                found.setdefault(name.removesuffix(TOKEN_SUFFIX), set()).update(spec.indices)
-    return {name: tuple(sorted(indices)) for name, indices in found.items()}

@@ -32,7 +32,7 @@ LOSSLESS = 1e-7  # the part of the update's norm that `lossless` may lose
     "exact",
     reference="Wang et al. 2024, arXiv:2408.05141 (stacking); Wang et al., One Communication Round, eq. 2",
     laws={"identity", "order", "rotation", "scale", "exact", "absent"},
-    folds=True,
+    folds="blocks",
 )
 def exact(module: Module, options: Options) -> Plan:
     """The weighted mean itself, as a stack of the clients' blocks; its rank is the sum of theirs."""
@@ -52,7 +52,7 @@ def exact(module: Module, options: Options) -> Plan:
     "svd",
     reference="Eckart & Young 1936; Bai et al. 2024, arXiv:2402.11505 (FlexLoRA)",
     laws={"order", "rotation", "scale", "absent"},
-    folds=True,
+    folds="mean",
 )
 def svd(module: Module, options: Options) -> Plan:
     """The best approximation of the mean at a given rank, always with how far it is from it."""
@@ -78,7 +78,7 @@ def svd(module: Module, options: Options) -> Plan:
     "fedavg",
     reference="Zhang et al. 2023, arXiv:2305.05644 (FedIT); McMahan et al. 2017",
     laws={"identity", "order", "scale"},
-    folds=True,
+    folds="mean",
 )
 def fedavg(module: Module, options: Options) -> Plan:
     """The means of lora_A and of lora_B apart: not the mean update; near it only from a shared start of lora_A."""
@@ -95,7 +95,7 @@ def fedavg(module: Module, options: Options) -> Plan:
     "ffa",
     reference="Sun et al. 2024, arXiv:2403.12313 (FFA-LoRA)",
     laws={"identity", "order", "scale", "exact", "absent"},
-    folds=True,
+    folds="mean",
 )
 def ffa(module: Module, options: Options) -> Plan:
     """The mean of lora_B on a lora_A that every client kept frozen: exact at the clients' own rank."""

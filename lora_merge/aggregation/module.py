@@ -12,12 +12,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One client's part in a module: its id and weight n, the update's shape, and how to read the update."""
+    """One client's part in a module: its id and weight n, the update's shape, and how to read the update.
+
+    A `stored` one was read out of a stack: its factors carry sqrt(n s) each already.
+    """
 
     client: str
     n: float
     spec: FactorsSpec
     read: Callable[[], Factors]
+    stored: bool = False
+
+    @property
+    def weight(self) -> float:
+        """n s, the coefficient of this share's B @ A in the sum: exactly 1 for a stored one."""
+        return 1.0 if self.stored else self.n * self.spec.scaling
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Module:
     def terms(self) -> "Iterator[tuple[float, Factors]]":
         """(alpha p_i s_i, update) of each share, read one at a time: M is the sum of c * B @ A."""
         for share in self.shares:
-            yield self.alpha * share.n / self.total * share.spec.scaling, share.read()
+            yield self.alpha * share.weight / self.total, share.read()
 
 
 def accumulate(total: "Tensor | None", tensor: "Tensor", coefficient: float) -> "Tensor":

@@ -12,6 +12,7 @@ from lora_merge.adapter import Factors, FactorsSpec
 from lora_merge.aggregation.module import Module, Share
 
 Rank: TypeAlias = int | Literal["auto", "lossless"]
+Folds: TypeAlias = Literal["blocks", "mean"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,15 @@ class Method:
     Attributes:
         reference: where the method comes from.
         laws: what holds for it, by name (see the README's table); every declared law is tested.
-        folds: whether a late client can be folded in without the earlier clients' files.
+        folds: how a late client is folded in without the earlier clients' files: `blocks`, exactly, beside theirs;
+            `mean`, into what stands for them all; None where it cannot be.
     """
 
     name: str
     summary: str
     reference: str
     laws: frozenset[str]
-    folds: bool
+    folds: Folds | None
     plan: Callable[[Module, Options], Plan]
 
 
@@ -64,7 +66,7 @@ class MethodRefused(ValueError):
 PlanFunction: TypeAlias = Callable[[Module, Options], Plan]
 
 
-def method(name: str, *, reference: str, laws: set[str], folds: bool) -> Callable[[PlanFunction], PlanFunction]:
+def method(name: str, *, reference: str, laws: set[str], folds: Folds | None) -> Callable[[PlanFunction], PlanFunction]:
     """Register a method under `name`; its docstring's first line becomes its summary."""
 
     def register(plan: PlanFunction) -> PlanFunction:

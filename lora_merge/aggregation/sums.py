@@ -28,7 +28,7 @@ def shared_factor(module: Module) -> Literal["A", "B"] | None:
 def _weights(module: Module) -> Iterator[tuple[float, Factors]]:
     """(n_i s_i, update) of each share: what `exact` sums; its common factor alpha / N is in the scaling."""
     for share in module.shares:
-        yield share.n * share.spec.scaling, share.read()
+        yield share.weight, share.read()
 
 
 def stack(module: Module) -> Factors:

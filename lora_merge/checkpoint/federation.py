@@ -23,6 +23,8 @@ class Federation:
     """The clients, sorted by id, and what all modules have in common.
 
     Attributes:
+        clients: those of a weight above 0: the others would only widen the result.
+        total: N, what the weights are shares of: their sum, or more where a rule has taken weight away.
         alpha: the global learning rate.
         base: the base model's tensors, where they are at hand.
         fan_in_fan_out: whether a client says that its base stores matrices transposed.
@@ -30,15 +32,11 @@ class Federation:
     """
 
     clients: Sequence[Client]
+    total: float
     alpha: float = 1.0
     base: BaseModel | None = None
     fan_in_fan_out: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @cached_property
-    def total(self) -> float:
-        """N, the sum of the clients' weights."""
-        return sum(client.n for client in self.clients)
 
     @cached_property
     def names(self) -> list[str]:
@@ -65,7 +63,7 @@ class Federation:
     def module(self, name: str) -> Module:
         """The low-rank module `name` as all clients see it."""
         shares = tuple(
-            Share(client.id, client.n, client.adapter.specs[name], partial(self._factors, client, name))  # type: ignore[arg-type]
+            Share(client.id, client.n, client.adapter.specs[name], partial(self._factors, client, name), client.stored)  # type: ignore[arg-type]
             for client in self._having(name)
         )
         base = partial(self._base_weight, name) if self.dora and self.base is not None else None
