@@ -31,6 +31,7 @@ class Contribution:
         commit: of the repository; None where the source has none.
         weight: n as used; `share` is p, n over the sum of all.
         sha256: the hash of each file that was read.
+        norm: of its update (Frobenius, what of it could be measured), as screening found it; None where it did not.
     """
 
     client_id: str
@@ -41,6 +42,15 @@ class Contribution:
     num_examples: int | None
     sha256: Mapping[str, str]
     recipe: Mapping[str, Any] | None = None
+    norm: float | None = None
+
+
+@dataclass(frozen=True, order=True)
+class LeftOut:
+    """An adapter that was named and not merged, and why: refused, excluded, or a copy."""
+
+    source: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,12 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The record of one merge. It holds no clock and no path, so the same merge gives the same bytes."""
+    """The record of one merge. It holds no clock and no path, so the same merge gives the same bytes.
+
+    Attributes:
+        left_out: what was named and not merged.
+        waved_through: what would have stopped the merge, had the user not allowed it.
+    """
 
     method: str
     options: Mapping[str, Any]
@@ -92,6 +107,8 @@ class Ledger:
     device: str
     versions: Mapping[str, str]
     parent: str | None = None
+    left_out: Sequence[LeftOut] = ()
+    waved_through: Sequence[str] = ()
 
     def to_json(self) -> str:
         """The file's text, ending in a newline."""
@@ -197,6 +214,9 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "device": _text,
     "versions": _values(_text),
     "parent": _or_null(_text),
+    "left_out": _items(lambda name, value: _read(LeftOut, f"{name}.", value)),
+    "waved_through": _items(_text),
+    "reason": _text,
     # of a contribution
     "client_id": _text,
     "source": _text,
@@ -206,6 +226,7 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "num_examples": _or_null(_count),
     "sha256": _values(_sha256),
     "recipe": _or_null(_object),
+    "norm": _or_null(_number),
     # of the certificate
     "measured_by": _text,
     "whole": _or_null(_values(_number)),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from lora_merge.checkpoint.peft_folder import FolderRefused
 from lora_merge.errors import MAX_SHOWN, NotFoundError, Problem, RefusedError
@@ -10,16 +10,22 @@ from lora_merge.errors import MAX_SHOWN, NotFoundError, Problem, RefusedError
 THREADS = 8
 T = TypeVar("T")
 R = TypeVar("R")
+Refused: TypeAlias = Callable[[T, Sequence[Problem]], None]
 
 
 def for_each(
-    work: Callable[[T], R], items: Sequence[T], name: Callable[[T], str], interrupt: Callable[[], None]
+    work: Callable[[T], R],
+    items: Sequence[T],
+    name: Callable[[T], str],
+    interrupt: Callable[[], None],
+    refused: Refused[T] | None = None,
 ) -> list[R]:
     """`work` of every item, in their order.
 
     Args:
         name: whose item it is, for problems.
         interrupt: makes the work under way end soon; called where going on is useless, and on Ctrl-C.
+        refused: takes each item that was refused with its problems, and the others are gone on with.
 
     Raises:
         RefusedError: with the problems of all items that were refused.
@@ -37,7 +43,7 @@ def for_each(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return _whole(futures, [name(item) for item in items])
+    return _whole(futures, items, name, refused)
 
 
 def _settled(work: Callable[[T], R], item: T) -> R | FolderRefused | NotFoundError:
@@ -48,14 +54,21 @@ def _settled(work: Callable[[T], R], item: T) -> R | FolderRefused | NotFoundErr
         return error
 
 
-def _whole(futures: Sequence[Future[R | FolderRefused | NotFoundError]], names: Sequence[str]) -> list[R]:
+def _whole(
+    futures: Sequence[Future[R | FolderRefused | NotFoundError]],
+    items: Sequence[T],
+    name: Callable[[T], str],
+    refused: Refused[T] | None,
+) -> list[R]:
     results: list[R] = []
     missing: list[NotFoundError] = []
     problems: list[Problem] = []
-    for future, name in zip(futures, names, strict=True):
+    for future, item in zip(futures, items, strict=True):
         result = future.result()
-        if isinstance(result, FolderRefused):
-            problems += result.problems(name)
+        if isinstance(result, FolderRefused) and refused is not None:
+            refused(item, result.problems(name(item)))
+        elif isinstance(result, FolderRefused):
+            problems += result.problems(name(item))
         elif isinstance(result, NotFoundError):
             missing.append(result)
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_merge.errors import StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom, open_store
 from lora_merge.sources.local import LocalRoom, is_folder, names_of
-from lora_merge.sources.parallel import for_each
+from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
 
 MAX_WAIT = 300.0  # seconds
@@ -56,16 +56,24 @@ class Rooms:
         _refuse_twice(refs)
         return _with_short_names(refs)
 
-    def examine(self, refs: Sequence[AdapterRef]) -> list[Candidate]:
+    def examine(self, refs: Sequence[AdapterRef], refused: Refused[AdapterRef] | None = None) -> list[Candidate]:
         """Each adapter's files, and what its config, statement and header say; no weights are read.
+
+        Args:
+            refused: takes each adapter that is refused with its problems, and the others are gone on with.
 
         Raises:
             RefusedError: with every problem of every adapter.
         """
-        return for_each(lambda ref: ref.room.examine(ref), refs, lambda ref: ref.source, self.interrupt)
+        return for_each(lambda ref: ref.room.examine(ref), refs, lambda ref: ref.source, self.interrupt, refused)
 
-    def fetch(self, candidates: Sequence[Candidate], progress: Progress) -> list[Path]:
+    def fetch(
+        self, candidates: Sequence[Candidate], progress: Progress, refused: Refused[Candidate] | None = None
+    ) -> list[Path]:
         """Each adapter's folder on this machine, every file checked against its hash; what is there is not fetched.
+
+        Args:
+            refused: takes each adapter that is refused with its problems; it then has no folder in the list.
 
         Raises:
             RefusedError: with every file that is not what its place lists.
@@ -85,7 +93,7 @@ class Rooms:
 
             with warnings.catch_warnings():  # the library's, of a disk that is nearly full: a full one is an error
                 warnings.filterwarnings("ignore", "Not enough free disk space")
-                return for_each(fetch, candidates, lambda candidate: candidate.ref.source, self.interrupt)
+                return for_each(fetch, candidates, lambda candidate: candidate.ref.source, self.interrupt, refused)
 
     def interrupt(self) -> None:
         """Make everything that waits or downloads end soon."""
