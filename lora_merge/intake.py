@@ -81,12 +81,12 @@ def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) 
     """
     with open_rooms(reading.max_wait, reading.tell) as rooms:
         candidates = _examined(rooms, sources, reading.pins)
-        n = _weights(candidates, weights)
+        n = weights_of(candidates, weights)
         folders = rooms.fetch(list(candidates.values()), reading.progress)
         refs = {client: candidate.ref for client, candidate in candidates.items()}
         opened: dict[str, PeftFolder] = {}
         try:
-            _open(opened, dict(zip(refs, folders, strict=True)), refs)
+            open_clients(opened, dict(zip(refs, folders, strict=True)), refs)
             yield Accepted(opened, refs, n, [*rooms.notes, *_other_names(candidates)])
         finally:
             for client in opened.values():
@@ -99,7 +99,7 @@ def examined(sources: Sequence[str | Path], weights: Weights, reading: Reading) 
         candidates = _examined(rooms, sources, reading.pins)
         missing = {name: each.ref.room.missing_bytes(each) for name, each in candidates.items()}
         notes = [*rooms.notes, *_other_names(candidates)]
-        return Examined(candidates, _weights(candidates, weights), missing, notes)
+        return Examined(candidates, weights_of(candidates, weights), missing, notes)
 
 
 def _examined(rooms: Rooms, sources: Sequence[str | Path], pins: Mapping[str, str]) -> dict[str, Candidate]:
@@ -164,7 +164,7 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _open(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapping[str, AdapterRef]) -> None:
+def open_clients(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapping[str, AdapterRef]) -> None:
     """Open each folder into `opened`; what was examined is examined again, now on the bytes that will be merged."""
     _allow_open_files(len(folders))
     problems: list[Problem] = []
@@ -178,7 +178,7 @@ def _open(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapp
         raise RefusedError(problems)
 
 
-def _weights(candidates: Mapping[str, Candidate], weights: Weights) -> dict[str, float]:
+def weights_of(candidates: Mapping[str, Candidate], weights: Weights) -> dict[str, float]:
     """The weight of each client; a weight may be given by id, by source, or by the source as the user wrote it."""
     statements = [candidate.description.statement for candidate in candidates.values()]
     counts = [statement.num_examples if statement else None for statement in statements]

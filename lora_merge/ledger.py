@@ -32,6 +32,8 @@ class Contribution:
         weight: n as used; `share` is p, n over the sum of all.
         sha256: the hash of each file that was read.
         norm: of its update (Frobenius, what of it could be measured), as screening found it; None where it did not.
+        block_ranks: of its block in each low-rank module; `*` means every module that is not named, 0 an absent one.
+        claims: what its config and statement say, as far as a later merge depends on it (`lora_merge.kept`).
     """
 
     client_id: str
@@ -43,6 +45,8 @@ class Contribution:
     sha256: Mapping[str, str]
     recipe: Mapping[str, Any] | None = None
     norm: float | None = None
+    block_ranks: Mapping[str, int] | None = None
+    claims: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -89,6 +93,7 @@ class Ledger:
     """The record of one merge. It holds no clock and no path, so the same merge gives the same bytes.
 
     Attributes:
+        parent: the global adapter that arrivals were folded onto: ORG/NAME@COMMIT, or the sha256 of its weights.
         left_out: what was named and not merged.
         waved_through: what would have stopped the merge, had the user not allowed it.
     """
@@ -227,6 +232,8 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "sha256": _values(_sha256),
     "recipe": _or_null(_object),
     "norm": _or_null(_number),
+    "block_ranks": _or_null(_values(_count)),
+    "claims": _or_null(_object),
     # of the certificate
     "measured_by": _text,
     "whole": _or_null(_values(_number)),

@@ -1,0 +1,100 @@
+"""What a ledger keeps of a client so that others can be merged with it later, without its files.
+
+Its claims are what a merge compares between clients, or writes into the merged config; they are read back by the same
+strict readers that read a client's own files. Its block ranks say how wide its part of each stack is.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lora_merge.adapter import FactorsSpec
+from lora_merge.agreement import is_local
+from lora_merge.checkpoint.config import AdapterConfig, read_config
+from lora_merge.checkpoint.peft_folder import Description
+from lora_merge.ledger import Contribution
+from lora_merge.statement import SCHEMA_VERSION, Statement, StatementError
+
+OTHERS = "*"
+_CONFIG = ("task_type", "fan_in_fan_out", "bias", "target_parameters")
+_STATED = ("base_model", "seed_lora_A")
+
+
+class ClaimsError(ValueError):
+    """What a ledger says of a client is malformed. ``field`` names the entry."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+def claims_of(client: Description) -> dict[str, Any]:
+    """What to keep of a client's config and statement. A base model's path on somebody's machine is not kept."""
+    config, plain = asdict(client.config), AdapterConfig()
+    name = client.config.base_model
+    claims = {"base_model_name_or_path": name} if name and not is_local(name) else {}
+    claims |= {key: config[key] for key in _CONFIG if config[key] != getattr(plain, key)}
+    if client.statement:
+        claims["statement"] = {key: asdict(client.statement)[key] for key in _STATED}
+    return claims
+
+
+def description_of(contribution: Contribution) -> Description:
+    """The client as its claims describe it, without its shapes.
+
+    Raises:
+        ClaimsError: the claims are malformed.
+    """
+    claims = dict(contribution.claims or {})
+    stated = claims.pop("statement", None)
+    if unknown := sorted(set(claims) - {"base_model_name_or_path", *_CONFIG}):
+        raise ClaimsError(f"claims.{unknown[0][:100]}", "unknown entry")
+    config, problems = read_config({"peft_type": "LORA", "init_lora_weights": True, **claims})
+    if problems:
+        raise ClaimsError(f"claims.{problems[0].field}", problems[0].reason)
+    return Description(config, None if stated is None else _statement(contribution, stated), {})
+
+
+def _statement(contribution: Contribution, stated: Any) -> Statement:
+    if not isinstance(stated, dict) or set(stated) != set(_STATED):
+        raise ClaimsError("claims.statement", f"must hold {' and '.join(_STATED)}")
+    whole = {
+        **stated,
+        "schema_version": SCHEMA_VERSION,
+        "client_id": contribution.client_id,
+        "num_examples": contribution.num_examples,
+        "recipe": contribution.recipe,
+    }
+    try:
+        return Statement.from_json(whole)
+    except StatementError as error:
+        raise ClaimsError(f"claims.{error.field}", error.reason) from error
+
+
+def ranks_of(client: Description) -> dict[str, int]:
+    """The rank of each of a client's low-rank modules."""
+    return {name: spec.r for name, spec in client.specs.items() if isinstance(spec, FactorsSpec)}
+
+
+def packed(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
+    """`ranks` as a ledger holds them: the most common one under `*`, the others by name; 0 where a module is absent."""
+    each = {name: ranks.get(name, 0) for name in modules}
+    if not each:
+        return {OTHERS: 0}
+    usual = max(Counter(each.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    return {OTHERS: usual, **{name: r for name, r in sorted(each.items()) if r != usual}}
+
+
+def unpacked(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]:
+    """The rank in each of `modules`, 0 for an absent one; the inverse of `packed`.
+
+    Raises:
+        ClaimsError: `*` is missing, or a module is named that is not among `modules`.
+    """
+    modules = set(modules)
+    if OTHERS not in ranks:
+        raise ClaimsError("block_ranks", f"must give {OTHERS}")
+    if unknown := sorted(ranks.keys() - modules - {OTHERS}):
+        raise ClaimsError(f"block_ranks.{unknown[0][:100]}", "is no low-rank module of the adapter")
+    return {name: ranks.get(name, ranks[OTHERS]) for name in modules}
