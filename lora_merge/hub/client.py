@@ -1,9 +1,10 @@
-"""The client behind every call to the Hub: no call without a deadline, no wait beyond --max-wait.
+"""The client behind every call to the Hub: no call without a deadline, no waits beyond --max-wait.
 
 huggingface_hub passes `timeout=None` to most of its calls and sleeps as long as a server says. It takes its HTTP
 client from a factory, so ours is one that times out, waits and gives up by our own rules, and says so.
 """
 
+import json
 import logging
 import os
 import re
@@ -28,8 +29,9 @@ BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names n
 TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
 CALL_SECONDS = 60.0
 SLOWEST_BYTES_A_SECOND = 10_000
-# Xet has a client of its own, which would wait five minutes for a byte, and hold 1.5 GB of them. It reads these from
-# the environment when its first transfer begins; what the user has set there stays.
+# Xet has a client of its own, which would wait five minutes for a byte, and hold 1.5 GB of them; whatever a server asks
+# it to wait, it tries by its own times. It reads these from the environment when its first transfer begins; what the
+# user has set there stays.
 XET_SETTINGS = {
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
     "HF_XET_CLIENT_READ_TIMEOUT": "30s",
@@ -41,6 +43,7 @@ XET_SETTINGS = {
 }
 
 _BUSY = (408, 429, 500, 502, 503, 504)
+_BROKEN = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.DecodingError)
 # These only ask, whatever their method; asking twice does no harm.
 _ASKING = re.compile(r"/(preupload/|paths-info/|info/lfs/objects/batch$)|/api/validate-yaml$")
 
@@ -50,13 +53,14 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     """The Hub's API (at HF_ENDPOINT, with the user's token), whose every call has a deadline.
 
     Args:
-        max_wait: the seconds that one call may wait for a busy Hub, all waits together.
+        max_wait: the seconds that the session may wait for a busy Hub, the waits of all its calls together.
         tell: called with a line when a wait begins.
     """
     patience = Patience(max_wait, tell)
     before = library._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: HubClient(patience))
-    added = {name: value for name, value in XET_SETTINGS.items() if name not in os.environ}
+    settings = {**XET_SETTINGS, **_shorter_tries(max_wait)}
+    added = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(added)
     log = logging.getLogger("huggingface_hub")
     level = log.level
@@ -71,26 +75,45 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
             os.environ.pop(name, None)
 
 
+def _shorter_tries(max_wait: float) -> dict[str, str]:
+    """Xet's own tries, where the user would wait for less time than they take."""
+    name = "HF_XET_CLIENT_RETRY_MAX_DURATION"
+    usual = float(XET_SETTINGS[name].removesuffix("s"))
+    return {name: f"{max(max_wait, 1):.0f}s"} if max_wait < usual else {}
+
+
 class Patience:
-    """How long calls may still wait, shared by all threads of a session."""
+    """How long calls may still wait, shared by all threads of a session: what two wait at one time counts once."""
 
     def __init__(self, max_wait: float, tell: Tell) -> None:
         self.max_wait = max_wait
         self._tell = tell
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._told_until = 0.0
+        self._waited = 0.0  # seconds in which somebody waits, those to come until `_until` too
+        self._until = 0.0
 
-    def wait(self, seconds: float, waited: float, why: str) -> None:
+    def wait(self, seconds: float, why: str) -> None:
         """Sleep, and say so; at once an error where it would take longer than allowed, or the session ended."""
-        if waited + seconds > self.max_wait:
-            asked = f" and asks to wait {seconds:.0f} s" if seconds > max(BACKOFF) else ""
-            raise NetworkError(
-                f"{why}{asked}; gave up after {waited:.0f} s.", hint="Try again later, or raise --max-wait."
-            )
-        self._say(seconds, why)
+        if self._book(seconds, why):
+            self._tell(f"{why}; trying again in {seconds:.0f} s.")
         self._ended.wait(seconds)
         self.require_going_on()
+
+    def _book(self, seconds: float, why: str) -> bool:
+        """Whether this wait is news: eight threads that wait for the same limit say it once."""
+        with self._lock:
+            now = time.monotonic()
+            more = max(now + seconds - max(now, self._until), 0.0)
+            if self._waited + more > self.max_wait:
+                asked = f" and asks to wait {seconds:.0f} s" if seconds > max(BACKOFF) else ""
+                waited = self._waited - max(self._until - now, 0.0)
+                raise NetworkError(
+                    f"{why}{asked}; gave up after {waited:.0f} s.", hint="Try again later, or raise --max-wait."
+                )
+            self._waited += more
+            self._until = max(self._until, now + seconds)
+            return more > min(1.0, seconds / 2)
 
     def require_going_on(self) -> None:
         """Raise where the session has ended, or was interrupted: nobody wants the answer any more."""
@@ -100,14 +123,6 @@ class Patience:
     def end(self) -> None:
         """Wake whoever waits, and stop every download at its next bytes."""
         self._ended.set()
-
-    def _say(self, seconds: float, why: str) -> None:
-        until = time.monotonic() + seconds
-        with self._lock:  # eight threads that wait for the same limit say it once
-            if until <= self._told_until + 1:
-                return
-            self._told_until = until
-        self._tell(f"{why}; trying again in {seconds:.0f} s.")
 
 
 class HubClient(httpx2.Client):
@@ -125,23 +140,23 @@ class HubClient(httpx2.Client):
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         if request.url.path.endswith("/api/agent-harnesses"):
             return httpx2.Response(404, request=request)  # the library's own statistics; not worth a call or a wait
-        waited = 0.0
         for attempt in range(1_000_000):
             try:
                 response = self._send_once(request, stream, **options)
-                if not _worth_another_try(request, response):
-                    return response
-                seconds, why = _asked_wait(response), f"{request.url.host} answers {response.status_code}"
+                if _worth_another_try(request, response):
+                    seconds, why = _asked_wait(response), f"{request.url.host} answers {response.status_code}"
+                elif attempt < len(BACKOFF) and _is_no_answer(request, response, read=not stream):
+                    seconds, why = None, f"{request.url.host} sends what is not an answer"
+                else:
+                    return _believable(request, response)
                 response.close()
-            except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
+            except _BROKEN as error:
                 if not _is_safe_to_repeat(request) and not isinstance(error, httpx2.ConnectError):
                     raise
                 seconds, why = None, f"{request.url.host} {_failing(error)}"
             if seconds is None and attempt >= len(BACKOFF):
                 raise NetworkError(f"{why}, {attempt + 1} times.", hint="Try again later.")
-            wait = BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds
-            self.patience.wait(wait, waited, why)
-            waited += wait
+            self.patience.wait(BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds, why)
         raise AssertionError("unreachable")
 
     def _send_once(self, request: httpx2.Request, stream: bool, **options: Any) -> httpx2.Response:
@@ -187,6 +202,32 @@ def _is_safe_to_repeat(request: httpx2.Request) -> bool:
     return request.method in ("GET", "HEAD") or bool(_ASKING.search(request.url.path))
 
 
+def _is_no_answer(request: httpx2.Request, response: httpx2.Response, *, read: bool) -> bool:
+    """Whether a success is none: JSON that is a page of HTML or half of itself, or facts about a file without any.
+
+    A proxy or a page of sign-in in between answers so. Only what may be asked again is judged.
+    """
+    path = request.url.path
+    if response.status_code != 200 or not _is_safe_to_repeat(request):
+        return False
+    if request.method == "HEAD":
+        return "/resolve/" in path and "X-Repo-Commit" not in response.headers
+    if not read or "/api/resolve-cache/" in path or not ("/api/" in path or path.endswith("/objects/batch")):
+        return False
+    try:
+        json.loads(response.content)
+    except ValueError:
+        return True
+    return False
+
+
+def _believable(request: httpx2.Request, response: httpx2.Response) -> httpx2.Response:
+    """The answer; raises `NetworkError` where a store "accepts" a file by a page of HTML."""
+    if request.method == "PUT" and response.headers.get("Content-Type", "").startswith("text/html"):
+        raise NetworkError(f"{request.url.host} sends what is not an answer.", hint="Try again later.")
+    return response
+
+
 def _asked_wait(response: httpx2.Response) -> float | None:
     """The seconds that a busy server asks to wait, by its `RateLimit` header or `Retry-After`."""
     limit = library.parse_ratelimit_headers(response.headers)
@@ -200,6 +241,13 @@ def _failing(error: Exception) -> str:
     if isinstance(error, httpx2.ConnectError):
         return "cannot be reached"
     return "does not answer" if isinstance(error, httpx2.TimeoutException) else "breaks the connection"
+
+
+def patience() -> Patience:
+    """That of the open session."""
+    client = library.get_session()
+    assert isinstance(client, HubClient), "no hub_session is open"
+    return client.patience
 
 
 def interrupt() -> None:

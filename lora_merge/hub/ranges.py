@@ -6,7 +6,7 @@ from huggingface_hub.utils import _headers, _http  # public functions, which myp
 
 from lora_merge import __version__
 from lora_merge.errors import NetworkError
-from lora_merge.hub.client import BACKOFF, HubClient
+from lora_merge.hub.client import BACKOFF, patience
 from lora_merge.hub.failures import asking
 
 
@@ -17,19 +17,15 @@ def read_range(repo: str, name: str, commit: str, start: int, stop: int) -> byte
         NotFoundError: the file may not be read.
         NetworkError: the Hub cannot be reached, or breaks off again and again.
     """
-    waited = 0.0
     for pause in (*BACKOFF, None):
         try:
             with asking(repo):
                 return _read(repo, name, commit, start, stop)
         except NetworkError as error:
-            client = _http.get_session()
             # The client itself tries again until there is an answer; only a body that breaks off comes here.
             if pause is None or not isinstance(error.__cause__, httpx2.TransportError):
                 raise
-            assert isinstance(client, HubClient)
-            client.patience.wait(pause, waited, f"{repo}: {error.__cause__}")
-            waited += pause
+            patience().wait(pause, f"{repo}: {error.__cause__}")
     raise AssertionError("unreachable")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -30,6 +31,8 @@ from lora_merge.publish.repository import (
     tree,
 )
 from lora_merge.publish.upload import seconds_for, within
+
+PROPOSALS = 20  # pull requests of ours that are looked through for one whose answer was lost
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def publish(
         return Published(target.repo, head.commit, head.private)
     if target.create_pr and (proposed := _proposal(api, target, content)):
         return Published(target.repo, proposed[0], head.private, pull_request=proposed[1])
-    done = _commit(api, target, head, changed, removed, message=message, content=content, max_wait=max_wait, tell=tell)
+    done = _commit(api, target, head, changed, removed, message=message, content=content, max_wait=max_wait)
     names = tuple(file.name for file in changed)
     published = Published(target.repo, done.commit, head.private, names, removed, done.pull_request, done.superseded)
     _verify(api, published, content)
@@ -110,7 +113,6 @@ def _commit(
     message: str,
     content: Content,
     max_wait: float,
-    tell: Tell,
 ) -> _Done:
     additions = [CommitOperationAdd(file.name, file.upload) for file in changed]
     deletions = [CommitOperationDelete(name) for name in removed]
@@ -151,8 +153,8 @@ def _commit(
         return _landed(api, target, head, content)
 
     # Apart, so that the time of a long upload does not count against the tries of the commit.
-    persist(upload, lambda: None, max_wait=max_wait, tell=tell)
-    return persist(attempt, landed, max_wait=max_wait, tell=tell)
+    persist(upload, lambda: None, max_wait=max_wait)
+    return persist(attempt, landed, max_wait=max_wait)
 
 
 def _landed(api: HfApi, target: Target, head: Head, content: Content) -> _Done | None:
@@ -178,16 +180,22 @@ def _landed(api: HfApi, target: Target, head: Head, content: Content) -> _Done |
 
 
 def _proposal(api: HfApi, target: Target, content: Content) -> tuple[str, str] | None:
-    """The newest pull request, where it is open and holds just these files: its commit and its address."""
+    """That of our open pull requests which holds just these files: its commit and its address."""
     with asking(target.repo):
         refs = api.list_repo_refs(target.repo, include_pull_requests=True).pull_requests or []
-        newest = max(refs, key=lambda ref: int(ref.ref.rpartition("/")[2]), default=None)
-        if newest is None or not holds(api, target.repo, newest.target_commit, content):
-            return None
-        number = int(newest.ref.rpartition("/")[2])
-        if api.get_discussion_details(target.repo, number).status not in ("open", "draft"):
-            return None
-        return newest.target_commit, f"{endpoint()}/{target.repo}/discussions/{number}"
+        heads = {ref.ref: ref.target_commit for ref in refs}
+        for number in _open_proposals(api, target.repo):
+            commit = heads.get(f"refs/pr/{number}")
+            if commit and holds(api, target.repo, commit, content):
+                return commit, f"{endpoint()}/{target.repo}/discussions/{number}"
+    return None
+
+
+def _open_proposals(api: HfApi, repo: str) -> list[int]:
+    """The numbers of this account's open pull requests, the newest first, `PROPOSALS` at most."""
+    listed = api.get_repo_discussions(repo, author=api.whoami()["name"], discussion_type="pull_request")
+    found = [each.num for each in islice(listed, 10 * PROPOSALS) if each.status in ("open", "draft")]
+    return sorted(found, reverse=True)[:PROPOSALS]
 
 
 def _verify(api: HfApi, published: Published, content: Content) -> None:

@@ -5,15 +5,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_merge.errors import ConflictError, NetworkError
-from lora_merge.hub.client import Tell
+from lora_merge.hub.client import patience
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 
 T = TypeVar("T")
 
 
-def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wait: float, tell: Tell) -> T:
+def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wait: float) -> T:
     """`attempt` what must not be done twice: after each failure see whether it has `landed`, else wait and try again.
+
+    The waits are those of the session, which bounds them all together.
 
     Raises:
         ConflictError: `landed` says so.
@@ -30,9 +32,11 @@ def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wai
                 return found
         except NetworkError as error:  # so it is not known; the parent commit keeps the next try from doing it twice
             failure = error
-        if time.monotonic() - began + seconds > max_wait:
+        try:
+            if time.monotonic() - began + seconds > max_wait:
+                raise failure
+            patience().wait(seconds, failure.message.rstrip("."))
+        except (NetworkError, ConflictError) as error:
             hint = "Run the same command again: it sees what has been published. --max-wait waits longer."
-            raise type(failure)(failure.message, hint=hint) from failure
-        tell(f"{failure.message} Trying again in {seconds:.0f} s.")
-        time.sleep(seconds)
+            raise type(failure)(failure.message, hint=hint) from error
         seconds = min(2 * seconds, LONGEST_WAIT)

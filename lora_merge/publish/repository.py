@@ -84,7 +84,7 @@ def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
         tell(f"Made the {target.visibility} repository {target.repo}")
         return head
 
-    return persist(attempt, lambda: head_of(api, target), max_wait=max_wait, tell=tell)
+    return persist(attempt, lambda: head_of(api, target), max_wait=max_wait)
 
 
 def require_may_create(target: Target) -> None:

@@ -91,7 +91,14 @@ def super_squash(state: State, request: Request) -> Response:
 @hub.on("GET", "/api/models/{id}/discussions")
 def discussions(state: State, request: Request) -> Response:
     repository, kind = state.readable(request), request.first("type")
-    found = [d for d in repository.discussions if kind in ("", "all") or (kind == "pull_request") == bool(d.base)]
+    author, status = request.first("author"), request.first("status")
+    found = [
+        d
+        for d in reversed(repository.discussions)
+        if kind in ("", "all") or (kind == "pull_request") == bool(d.base)
+        if author in ("", d.author)
+        if status in ("", "all") or (status == "open") == (d.status in ("open", "draft"))
+    ]
     start = int(request.first("p", "0")) * state.page_size
     shown = [told(repository, d) for d in found[start : start + state.page_size]]
     return answer({"discussions": shown, "count": len(found), "start": start})

@@ -36,8 +36,8 @@ REQUESTS = {
     "lfs bytes": "PUT /lfs/*",
     "commit": "POST /api/models/org/a/commit/*",
 }
-# What goes away by itself must be survived; a page of HTML, a refusal or an hour's wait need not be.
-SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "reset", "stall", "delay", "lost"}
+# What goes away by itself must be survived; a refusal or an hour's wait need not be.
+SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "HTML", "reset", "stall", "delay", "lost", "truncate", "short"}
 CODES = {4, 5}
 SEEDS = count()
 

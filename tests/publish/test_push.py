@@ -234,6 +234,36 @@ def test_a_pull_request_is_opened_once(hub: LocalHub, push: Pusher, client_a: Pa
     assert len(hub.repository("other/a").discussions) == 1
 
 
+def test_a_pull_request_whose_answer_was_lost_is_found_behind_newer_ones_of_others(
+    hub: LocalHub, push: Pusher, publisher: Client, client_a: Path, tmp_path: Path
+) -> None:
+    hub.create("other/a", {"README.md": "theirs"})
+    mine = push(client_a, "other/a", create_pr=True)
+    push(client_folder(tmp_path / "client-c", seed=5), "other/a", create_pr=True)
+    bob = hub.user("bob")
+    given = {"folder": str(client_folder(tmp_path / "client-b", seed=4)), "repo": "other/a", "token": bob}
+    publisher.run(PUSH, **given, max_wait=5, target={"create_pr": True})
+    assert push(client_a, "other/a", create_pr=True)["pull_request"] == mine["pull_request"]
+    assert len(hub.repository("other/a").discussions) == 3
+
+
+def test_somebody_elses_equal_pull_request_is_not_ours(
+    hub: LocalHub, push: Pusher, publisher: Client, client_a: Path
+) -> None:
+    hub.create("other/a", {"README.md": "theirs"})
+    bob = hub.user("bob")
+    publisher.run(PUSH, folder=str(client_a), repo="other/a", token=bob, max_wait=5, target={"create_pr": True})
+    assert push(client_a, "other/a", create_pr=True)["pull_request"].endswith("/discussions/2")
+
+
+def test_the_waits_of_a_push_are_bounded_together(hub: LocalHub, push: Pusher, client_a: Path) -> None:
+    for call in ("GET /api/whoami-v2", "GET /api/models/org/a/revision/*", "POST /api/repos/create"):
+        hub.fault(call, "status", status=429, retry_after=1)
+    with pytest.raises(ClientError, match="gave up after 2 s") as caught:
+        push(client_a, max_wait=2)
+    assert "NetworkError" in kinds(caught)
+
+
 def test_a_branch_may_be_named_and_must_be_there(hub: LocalHub, push: Pusher, client_a: Path) -> None:
     head = hub.create("org/a")
     hub.branch("org/a", "trial")

@@ -50,8 +50,8 @@ FAULTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "short": ("short", {}),
     "flip": ("flip", {}),
 }
-# What goes away by itself must be survived; a page of HTML, a refusal or an hour's wait need not be.
-SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "reset", "stall", "delay", "lost", "truncate", "flip"}
+# What goes away by itself must be survived; a refusal or an hour's wait need not be.
+SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "HTML", "reset", "stall", "delay", "lost", "truncate", "short", "flip"}
 # Two parts of an answer have no hash and no length that is known: they are believed, or refused.
 BELIEVED = {("listing", "flip"), ("info", "flip")}
 CODES = {3, 4, 5}

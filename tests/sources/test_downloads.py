@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,29 @@ def test_waits_are_shown_and_end_at_max_wait(hub: LocalHub, pull_once: Puller) -
             "hint: Try again later, or raise --max-wait.",
         ],
     )
+
+
+def test_the_waits_of_all_calls_together_end_at_max_wait(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 1)
+    for request in ("GET /api/models/org/client-0/revision/*", "GET */adapter_config.json", "GET */lora_merge.json"):
+        hub.fault(request, "status", status=429, retry_after=1)
+    ran = pull_once("org/client-*@main", "-o", "global", "--max-wait", "2.5")
+    assert ran.code == 5
+    assert ran.err.splitlines()[-2] == "error: 127.0.0.1 answers 429 and asks to wait 1 s; gave up after 2 s."
+
+
+@pytest.mark.parametrize("kind", ["html", "short"])
+def test_a_page_that_is_no_answer_is_asked_for_again_and_not_for_ever(
+    hub: LocalHub, pull_once: Puller, kind: Any
+) -> None:
+    publish(hub, 1)
+    fault = hub.fault("GET /api/models", kind, times=2)
+    assert pull_once("org/client-*", "-o", "global").code == 0
+    assert fault.hits == 2
+    hub.fault("GET /api/models", kind, times=None)
+    hub.clear_calls()
+    assert pull_once("org/client-*", "-o", "again").code == 5
+    assert len(hub.calls("GET /api/models")) == 5
 
 
 def test_a_hub_that_cannot_be_reached_is_exit_5(tmp_path: Path) -> None:
