@@ -32,18 +32,39 @@ def row_squares(W0: Tensor, d: Tensor, L: Tensor, R: Tensor) -> Tensor:
         W0: d_out x d_in. d: d_out. L: d_out x k. R: k x d_in; all but W0 in fp64.
     """
     gram = R @ R.mT
-    rows = max(1, CHUNK // W0.shape[1])
-    parts = []
-    for start in range(0, W0.shape[0], rows):
-        w, scale, left = W0[start : start + rows].double(), d[start : start + rows], L[start : start + rows]
+    parts, start = [], 0
+    for part in row_parts(W0):
+        w, end = part.double(), start + len(part)
+        scale, left = d[start:end], L[start:end]
+        start = end
         cross = (left * (w @ R.mT)).sum(dim=1)
         parts.append(scale.square() * w.square().sum(dim=1) + 2 * scale * cross + ((left @ gram) * left).sum(dim=1))
     return torch.cat(parts).clamp(min=0)
 
 
+def row_parts(W0: Tensor) -> tuple[Tensor, ...]:
+    """W0 by runs of rows, each small enough to be held in fp64."""
+    return torch.split(W0, max(1, CHUNK // W0.shape[1]))
+
+
 def row_norms(W0: Tensor, B: Tensor, A: Tensor, scaling: float) -> Tensor:
     """The norm of each row of W0 + scaling * B @ A, fp64."""
     return row_squares(W0, torch.ones(W0.shape[0]).to(B), scaling * B, A).sqrt()
+
+
+def row_scale(W0: Tensor, share: Share, update: Factors, name: str) -> Tensor:
+    """D_i, fp64: one for a client without a magnitude.
+
+    Raises:
+        NotPositive: a row has no norm to divide by.
+    """
+    if update.magnitude is None:
+        return torch.ones(W0.shape[0], dtype=torch.float64, device=W0.device)
+    norms = row_norms(W0, update.B[0].double(), update.A[0].double(), update.scaling)
+    D = update.magnitude.double() / norms
+    if not torch.isfinite(D).all():
+        raise NotPositive(f"a row of W0 + BA in {name} has no norm to divide the magnitude by", share)
+    return D
 
 
 def target(module: Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,11 +84,7 @@ def target(module: Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         update = share.read()
         B, A = update.B[0].double(), update.A[0].double()
         p = module.alpha * share.n / module.total
-        D_i = torch.ones_like(D)
-        if update.magnitude is not None:
-            D_i = update.magnitude.double() / row_norms(W0, B, A, update.scaling)
-            if not torch.isfinite(D_i).all():
-                raise NotPositive(f"a row of W0 + BA in {module.name} has no norm to divide the magnitude by", share)
+        D_i = row_scale(W0, share, update, module.name)
         D += p * (D_i - 1)
         lefts.append(p * update.scaling * D_i[:, None] * B)
         rights.append(A)

@@ -15,8 +15,9 @@ from lora_merge.aggregation.module import accumulate
 
 @dataclass(frozen=True)
 class ValueShare:
-    """One client's value of a tensor: its weight n, and how to read it."""
+    """One client's value of a tensor: its id and weight n, and how to read it."""
 
+    client: str
     n: float
     read: Callable[[], Tensor]
 
@@ -47,8 +48,15 @@ class Value:
     @property
     def needs_base(self) -> bool:
         """Whether the clients alone do not determine the mean: one lacks the tensor, or alpha is not 1."""
-        if self.frozen and self._common() is not None:
-            return False
+        return not self.is_untrained and self._is_open
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether all clients hold one copy of the base's value."""
+        return self.frozen and self._common() is not None
+
+    @property
+    def _is_open(self) -> bool:
         return self.alpha != 1 or sum(share.n for share in self.shares) != self.total
 
     def mean(self) -> Tensor:
