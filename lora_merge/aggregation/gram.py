@@ -2,7 +2,7 @@
 
 <Delta_i, Delta_j> = s_i s_j sum((B_i^T B_j) * (A_i A_j^T)), summed over blocks and modules, in fp64; the bias of
 lora_B, which PEFT scales too, counts as part of the update. It is of products, so a rotated client (B R, inv(R) A) has
-the same row. A DoRA client counts with its effective update, a tensor that was trained whole with its way from the base.
+the same row. A DoRA client counts with its effective update, a whole tensor with its distance from the base.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

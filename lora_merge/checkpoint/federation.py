@@ -71,7 +71,7 @@ class Federation:
 
     def value(self, name: str) -> Value:
         """The full tensor `name` as all clients see it."""
-        shares = [ValueShare(client.n, partial(self._full, client, name)) for client in self._having(name)]
+        shares = [ValueShare(client.id, client.n, partial(self._full, client, name)) for client in self._having(name)]
         base = self.base if self.base is not None and self.base.has(base_name(name)) else None
         spec = self.spec(name)
         shape = spec.shape if isinstance(spec, FullSpec) else ()
@@ -85,7 +85,9 @@ class Federation:
         rows = rows_by_token([{token: row for row, token in enumerate(update.indices)} for update in updates])
         values = {}
         for token, owners in rows.items():
-            shares = [ValueShare(clients[i].n, partial(updates[i].rows.__getitem__, row)) for i, row in owners]
+            shares = [
+                ValueShare(clients[i].id, clients[i].n, partial(updates[i].rows.__getitem__, row)) for i, row in owners
+            ]
             values[token] = Value(shares, self.total, self.alpha, self._base_row(name, token))
         return values
 
