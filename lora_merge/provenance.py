@@ -10,17 +10,19 @@ from pathlib import Path
 
 import torch
 
-from lora_merge.aggregation.certificate import SquaredError, relative_error
+from lora_merge.aggregation.certificate import relative_error
+from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, PeftFolder
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, Description
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
 from lora_merge.intake import Accepted
+from lora_merge.kept import claims_of, packed, ranks_of
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -29,6 +31,8 @@ from lora_merge.lock import Lock, LockedInput
 
 def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, str]]) -> list[Contribution]:
     """What each client put in; `hashes` in the clients' order, `total` the sum of all weights."""
+    ranks = {client: ranks_of(folder) if inputs.weights[client] else {} for client, folder in inputs.clients.items()}
+    modules = {name for each in ranks.values() for name in each}
     return [
         Contribution(
             client_id=client,
@@ -39,6 +43,8 @@ def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, 
             num_examples=statement.num_examples if statement else None,
             sha256=sha256,
             recipe=asdict(statement.recipe) if statement and statement.recipe else None,
+            block_ranks=packed(ranks[client], modules),
+            claims=claims_of(folder),
         )
         for (client, folder), sha256 in zip(inputs.clients.items(), hashes, strict=True)
         for statement in [folder.statement]
@@ -46,7 +52,11 @@ def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, 
 
 
 def lock_of(
-    federation: Federation, inputs: Accepted, settings: Settings, weights: Weights, contributions: list[Contribution]
+    federation: Federation,
+    clients: Mapping[str, Description],
+    settings: Settings,
+    weights: Weights,
+    contributions: list[Contribution],
 ) -> Lock:
     """What a merge is made of; known before anything is merged."""
     return Lock(
@@ -56,7 +66,7 @@ def lock_of(
         global_lr=federation.alpha,
         weighting=weights if isinstance(weights, str) else "given",
         dtype=settings.dtype,
-        base_model=agreed_base_model(inputs.clients),
+        base_model=agreed_base_model(clients),
         environment=environment(federation.device),
         versions={
             "lora-merge": importlib.metadata.version("lora-merge"),
@@ -67,7 +77,12 @@ def lock_of(
 
 
 def ledger_of(
-    federation: Federation, lock: Lock, contributions: list[Contribution], measured: list[Measured], settings: Settings
+    federation: Federation,
+    lock: Lock,
+    contributions: list[Contribution],
+    measured: list[Measured],
+    settings: Settings,
+    parent: str | None = None,
 ) -> Ledger:
     """The record of a finished merge."""
     return Ledger(
@@ -84,6 +99,7 @@ def ledger_of(
         dtype=lock.dtype,
         device=str(federation.device),
         versions=lock.versions,
+        parent=parent,
     )
 
 
@@ -109,10 +125,10 @@ def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
 
 
 def write_records(
-    work: Path, ledger: Ledger, lock: Lock, folders: Mapping[str, PeftFolder], merges: list[Merge]
+    work: Path, ledger: Ledger, lock: Lock, clients: Mapping[str, Description], merges: list[Merge]
 ) -> None:
     """Write everything but the weights: adapter_config.json, aggregation.json, lora-merge.lock, README.md."""
-    configs = [folders[each.client_id].config for each in ledger.contributions if each.weight > 0]
+    configs = [clients[each.client_id].config for each in ledger.contributions if each.weight > 0]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
     whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
     tokens = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec
 from lora_merge.aggregation import certificate
-from lora_merge.aggregation.certificate import SquaredError
+from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.module import Module
 from lora_merge.aggregation.registry import MethodRefused, Options, Plan
@@ -106,7 +106,7 @@ class FactorsMerge:
         probes = settings.certificate == "probes" or (
             settings.certificate is None and self.module.K > certificate.MAX_EXACT_K
         )
-        error = certificate.measure(self.module, written, probes=probes, seed=seed)
+        error = certificate.measure(self.module, written, self.plan.form, probes=probes, seed=seed)
         gap = certificate.fedavg_gap(self.module, seed=seed) if settings.method == "exact" else None
         return error, gap
 
