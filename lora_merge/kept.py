@@ -31,10 +31,13 @@ class ClaimsError(ValueError):
 
 def claims_of(client: Description) -> dict[str, Any]:
     """What to keep of a client's config and statement. A base model's path on somebody's machine is not kept."""
-    config, plain = asdict(client.config), AdapterConfig()
-    name = client.config.base_model
-    claims = {"base_model_name_or_path": name} if name and not is_local(name) else {}
-    claims |= {key: config[key] for key in _CONFIG if config[key] != getattr(plain, key)}
+    config, plain = client.config, AdapterConfig()
+    claims: dict[str, Any] = {}
+    if config.base_model and not is_local(config.base_model):
+        claims["base_model_name_or_path"] = config.base_model
+    for key in _CONFIG:
+        if (value := getattr(config, key)) != getattr(plain, key):
+            claims[key] = list(value) if isinstance(value, tuple) else value
     if client.statement:
         claims["statement"] = {key: asdict(client.statement)[key] for key in _STATED}
     return claims

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 FILE_NAME = "aggregation.json"
 SCHEMA_VERSION = 1
+MAX_BYTES = 1 << 26
 
 T = TypeVar("T")
 

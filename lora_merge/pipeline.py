@@ -1,16 +1,12 @@
 """The corridor of `lora-merge aggregate`: sources, to adapters, to one folder."""
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lora_merge.aggregation.methods import METHODS
-from lora_merge.aggregation.registry import Options, Rank
+from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
@@ -19,11 +15,12 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
-from lora_merge.errors import RefusedError, StorageError, UsageError
+from lora_merge.errors import RefusedError, StorageError
 from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
+from lora_merge.options import device_named, merge_settings, require_sound
 from lora_merge.provenance import contributions_of, ledger_of, lock_of, write_records
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
@@ -97,72 +94,34 @@ def aggregate(
         >>> aggregate(["client-1", "client-2"], "global", weights="uniform")  # doctest: +SKIP
     """
     output = Path(output)
-    settings = _settings(method, rank, energy, dtype, certificate)
-    if not _is_number(global_lr) or not 0 < global_lr < math.inf:
-        raise UsageError(f"--global-lr must be a finite number above 0, is {global_lr!r}.")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be 1 or more, is {workers}.")
+    settings = merge_settings(method, rank, energy, dtype, certificate)
+    require_sound(global_lr, workers)
     check_free(output, force=force)
     lock_path = Path(lock) if lock is not None else output / LOCK_NAME
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known))) as inputs:
-        federation = federation_of(inputs, global_lr, base, _device(device))
+        federation = federation_of(inputs, global_lr, base, device_named(device))
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
-            merged = None if locked else _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            merged = None if locked else merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
             contributions = contributions_of(inputs, federation.total, hashes)
-            record = lock_of(federation, inputs, settings, weights, contributions)
+            record = lock_of(federation, inputs.clients, settings, weights, contributions)
             if locked and known is not None:
                 require_unchanged(known, record)
-            merges, measured = merged or _merge(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            merges, measured = merged or merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
             ledger = ledger_of(federation, record, contributions, measured, settings)
             write_records(work, ledger, record, inputs.clients, merges)
-            _require_unchanged(inputs.clients)
+            require_same_files(inputs.clients)
         if lock is not None and not locked:
             write_lock(record, lock_path)
-        return Aggregation(output, ledger, [*inputs.notes, *claim_warnings(inputs.clients), *_rank_warning(ledger)])
+        return Aggregation(output, ledger, [*inputs.notes, *claim_warnings(inputs.clients), *rank_warnings(ledger)])
 
 
-def _settings(
-    method: str, rank: Rank | None, energy: float | None, dtype: str, certificate: CertificateMode | None
-) -> Settings:
-    for name, value, choices in (("method", method, METHODS), ("dtype", dtype, merge.DTYPES)):
-        if value not in choices:
-            raise UsageError(f"--{name} must be one of {', '.join(choices)}, is {value!r}.")
-    if certificate not in (None, "exact", "probes", "off"):
-        raise UsageError(f"--certificate must be exact, probes or off, is {certificate!r}.")
-    if method != "svd" and (rank is not None or energy is not None):
-        raise UsageError("--rank and --energy are of --method svd.", hint="Add --method svd.")
-    if energy is not None and (rank not in (None, "auto") or not _is_number(energy) or not 0 < energy <= 1):
-        raise UsageError("--energy is a share above 0 and up to 1, for --rank auto only.")
-    if rank not in (None, "auto", "lossless") and not (type(rank) is int and rank >= 1):
-        raise UsageError(f"--rank must be a number from 1 up, auto or lossless, is {rank!r}.")
-    options = Options(rank=rank or "auto", energy=Options.energy if energy is None else energy)
-    return Settings(method, options, dtype, certificate)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"There is no CUDA device {name} here.", hint="Use --device cpu.")
-    return device
-
-
-def _merge(
+def merge_modules(
     federation: Federation, settings: Settings, path: Path, threads: ThreadPoolExecutor, progress: Progress
 ) -> tuple[list[Merge], list[Measured]]:
+    """Merge every module into the file `path`; raises `RefusedError` with all that is wrong with any client's tensors."""
     try:
         merges = merge.plan(federation, settings, threads)
         with progress("Merging", len(merges), "modules") as advance:
@@ -172,13 +131,15 @@ def _merge(
         raise RefusedError([*error.problems, *merge.value_problems(federation, threads)]) from None
 
 
-def _require_unchanged(folders: Mapping[str, PeftFolder]) -> None:
+def require_same_files(folders: Mapping[str, PeftFolder]) -> None:
+    """Raise `StorageError` where a file is not what it was when it was opened."""
     changed = [client for client, folder in folders.items() if not folder.file.unchanged()]
     if changed:
         raise StorageError(f"Files changed while they were being read: {', '.join(changed)}.", hint="Run it again.")
 
 
-def _rank_warning(ledger: Ledger) -> list[str]:
+def rank_warnings(ledger: Ledger) -> list[str]:
+    """What to know of the rank of a merge that is done."""
     if max(ledger.ranks, default=0) <= RANK_THAT_SERVERS_TAKE:
         return []
     return [

@@ -1,0 +1,147 @@
+"""A global adapter that others are to be folded into: its folder, ledger and lock, read as a stranger's and agreeing."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lora_merge.aggregation.methods import METHODS
+from lora_merge.checkpoint.merge import DTYPES
+from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, Description, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.checkpoint.stacks import Stacks
+from lora_merge.errors import Problem, RefusedError
+from lora_merge.kept import ClaimsError, description_of, ranks_of, unpacked
+from lora_merge.ledger import FILE_NAME as LEDGER_NAME
+from lora_merge.ledger import MAX_BYTES, Contribution, Ledger, LedgerError
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.lock import Lock, LockedInput
+from lora_merge.locking import read_lock
+
+_EQUAL = 1e-9  # of sums of weights, which may be added up in another order
+
+
+@dataclass(frozen=True)
+class GlobalAdapter:
+    """An open global adapter. `place` is what the user knows it by, `commit` its repository's."""
+
+    place: str
+    commit: str | None
+    folder: PeftFolder
+    ledger: Ledger
+    lock: Lock
+
+    @cached_property
+    def contributions(self) -> Mapping[str, Contribution]:
+        """What is in, by client id, sorted."""
+        return {each.client_id: each for each in self.ledger.contributions}
+
+    @cached_property
+    def descriptions(self) -> Mapping[str, Description]:
+        """Each client as its claims describe it."""
+        return {client: description_of(each) for client, each in self.contributions.items()}
+
+    @cached_property
+    def is_stacked(self) -> bool:
+        """Whether it is nothing but stacks of its clients' blocks, whose widths are known."""
+        whole = len(ranks_of(self.folder)) == len(self.folder.specs)
+        known = all(each.block_ranks is not None and each.claims is not None for each in self.ledger.contributions)
+        return self.ledger.method == "exact" and self.ledger.forms.keys() == {"stack"} and whole and known
+
+    @cached_property
+    def stacks(self) -> Stacks:
+        """The clients' blocks, in the order of `contributions`."""
+        modules = ranks_of(self.folder)
+        return Stacks(self.folder, [unpacked(each.block_ranks or {}, modules) for each in self.contributions.values()])
+
+    def name(self) -> str:
+        """What a ledger calls it as its parent."""
+        return f"{self.place}@{self.commit}" if self.commit else f"sha256:{self.folder.file.sha256()}"
+
+
+@contextmanager
+def opened_global(folder: Path, place: str, commit: str | None = None) -> Iterator[GlobalAdapter]:
+    """The global adapter in `folder`.
+
+    Raises:
+        RefusedError: it is no global adapter, or its files contradict each other.
+    """
+    try:
+        adapter = open_folder(folder)
+    except FolderRefused as error:
+        raise RefusedError(error.problems(place)) from error
+    try:
+        found = GlobalAdapter(place, commit, adapter, _ledger(folder, place), _lock(folder, place))
+        if problems := [Problem(place, field, reason) for field, reason in _contradictions(found)]:
+            raise RefusedError(problems, hint="Merge its clients anew, without --onto.")
+        yield found
+    finally:
+        adapter.close()
+
+
+def _ledger(folder: Path, place: str) -> Ledger:
+    try:
+        if not (folder / LEDGER_NAME).is_file():
+            raise FileRefused("file", "is not there, so this is no global adapter")
+        with (folder / LEDGER_NAME).open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise FileRefused("file", f"is larger than {MAX_BYTES} bytes")
+        return Ledger.from_json(parse_json(text, "file"))
+    except (FileRefused, LedgerError) as error:
+        raise RefusedError([Problem(place, f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
+
+
+def _lock(folder: Path, place: str) -> Lock:
+    if not (folder / LOCK_NAME).is_file():
+        raise RefusedError([Problem(place, LOCK_NAME, "is not there, so nobody can tell what it was made of")])
+    return read_lock(folder / LOCK_NAME)
+
+
+def _contradictions(found: GlobalAdapter) -> Iterator[tuple[str, str]]:
+    """Every way in which a global adapter's files cannot all be true, as entry and reason."""
+    yield from _of_the_ledger(found.ledger)
+    yield from _of_the_lock(found.ledger, found.lock)
+    if found.folder.config.base_model != found.ledger.base_model:
+        yield "adapter_config.json, base_model_name_or_path", "is not the ledger's base_model"
+    try:
+        assert found.descriptions
+        if found.is_stacked:
+            for name in found.stacks.misfits():
+                yield WEIGHTS_NAME, f"{name} is not as wide as the blocks that the ledger lists"
+    except ClaimsError as error:
+        yield f"{LEDGER_NAME}, contributions.{error.field}", error.reason
+
+
+def _of_the_ledger(ledger: Ledger) -> Iterator[tuple[str, str]]:
+    weights = [each.weight for each in ledger.contributions]
+    if not weights:
+        yield f"{LEDGER_NAME}, contributions", "are none"
+    for name in ("client_id", "source"):
+        for value, count in Counter(getattr(each, name) for each in ledger.contributions).items():
+            if count > 1:
+                yield f"{LEDGER_NAME}, contributions", f"{count} of them have the {name} {value}"
+    ids = [each.client_id for each in ledger.contributions]
+    if ids != sorted(ids):
+        yield f"{LEDGER_NAME}, contributions", "are not sorted by client_id"
+    total = ledger.total_weight
+    if not 0 < total < math.inf or not math.isclose(sum(weights), total, rel_tol=_EQUAL):
+        yield f"{LEDGER_NAME}, total_weight", "is not the sum of the weights"
+    elif any(not math.isclose(c.share, c.weight / total, rel_tol=_EQUAL) for c in ledger.contributions):
+        yield f"{LEDGER_NAME}, contributions", "have shares that are not their weights over the total"
+    if ledger.method not in METHODS or ledger.dtype not in DTYPES:
+        yield f"{LEDGER_NAME}, method", f"{ledger.method} in {ledger.dtype} is nothing that we merge by"
+    if not 0 < ledger.global_lr < math.inf:
+        yield f"{LEDGER_NAME}, global_lr", "must be above 0"
+
+
+def _of_the_lock(ledger: Ledger, lock: Lock) -> Iterator[tuple[str, str]]:
+    for name in ("method", "options", "global_lr", "weighting", "dtype", "base_model"):
+        if getattr(ledger, name) != getattr(lock, name):
+            yield f"{LOCK_NAME}, {name}", "is not the ledger's"
+    inputs = [LockedInput(c.client_id, c.source, c.commit, dict(c.sha256), c.weight) for c in ledger.contributions]
+    if list(lock.inputs) != inputs:
+        yield f"{LOCK_NAME}, inputs", "are not the ledger's contributions"
