@@ -11,16 +11,24 @@ import torch
 
 from lora_merge.adapter import Adapter, Client
 from lora_merge.aggregation.compatibility import shape_problems
-from lora_merge.aggregation.weights import Weights, resolve_weights
+from lora_merge.aggregation.schedule import pool
+from lora_merge.aggregation.sketch import Sketched
+from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import agreed_base_model, claim_problems
 from lora_merge.checkpoint.base_model import BaseModel, open_base
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description, FolderRefused, PeftFolder, open_folder
 from lora_merge.errors import MissingBaseError, NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.ledger import LeftOut
+from lora_merge.measuring import copies, read_all
+from lora_merge.screening import Screening
+from lora_merge.selection import Selection, by_client_id, listed, require_exclusions_used
 from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, Rooms, open_rooms
+from lora_merge.weighing import weighed
 
 FILES_BESIDE = 200  # sockets, caches, libraries
+UNSCREENED = Screening(allow_dominant=True, allow_outliers=True)
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,20 @@ class Accepted:
         refs: where each came from.
         weights: n of each.
         notes: what the user should know of how the sources were read.
+        weighting: how the weights were come by, in a word.
+        left_out: who was named and is not here, and why.
+        waved_through: what would have stopped the merge, had the user not allowed it.
+        sketched: each one's updates, which are sketched as they are read; empty where nothing is screened.
     """
 
     clients: Mapping[str, PeftFolder]
     refs: Mapping[str, AdapterRef]
     weights: Mapping[str, float]
     notes: Sequence[str]
+    weighting: str = "given"
+    left_out: Sequence[LeftOut] = ()
+    waved_through: Sequence[str] = ()
+    sketched: Mapping[str, Sketched] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,17 +77,26 @@ class Examined:
         weights: n of each.
         to_download: bytes of each that are not on this machine.
         notes: what the user should know of how the sources were read.
+        left_out: who was named and is not here, and why.
+        waved_through: what would have stopped the merge, had the user not allowed it.
     """
 
     candidates: Mapping[str, Candidate]
     weights: Mapping[str, float]
     to_download: Mapping[str, int]
     notes: Sequence[str]
+    left_out: Sequence[LeftOut] = ()
+    waved_through: Sequence[str] = ()
 
 
 @contextmanager
-def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) -> Iterator[Accepted]:
+def accepted(
+    sources: Sequence[str | Path], weights: Weights, reading: Reading, screening: Screening | None = None
+) -> Iterator[Accepted]:
     """The clients' open folders, every file of which has the hash that its place lists.
+
+    Args:
+        screening: what stops the merge of adapters of people whom one doesn't know; None where nothing is to.
 
     Raises:
         NotFoundError: a source names nothing, or may not be read.
@@ -79,45 +104,71 @@ def accepted(sources: Sequence[str | Path], weights: Weights, reading: Reading) 
         UsageError: a weight is missing or wrong.
         NetworkError: the Hub cannot be reached.
     """
-    with open_rooms(reading.max_wait, reading.tell) as rooms:
-        candidates = _examined(rooms, sources, reading.pins)
-        n = weights_of(candidates, weights)
-        folders = rooms.fetch(list(candidates.values()), reading.progress)
-        refs = {client: candidate.ref for client, candidate in candidates.items()}
-        opened: dict[str, PeftFolder] = {}
+    selection = Selection(screening or UNSCREENED)
+    opened: dict[str, PeftFolder] = {}
+    with open_rooms(reading.max_wait, reading.tell, reading.pins) as rooms:
+        candidates = _examined(rooms, sources, reading.pins, selection)
+        weighed(candidates, weights, selection)  # may stop, before anything is downloaded
         try:
-            open_clients(opened, dict(zip(refs, folders, strict=True)), refs)
-            yield Accepted(opened, refs, n, [*rooms.notes, *_other_names(candidates)])
+            open_clients(opened, _fetched(rooms, candidates, reading, selection), candidates, selection)
+            sketched = {client: Sketched(folder) for client, folder in opened.items()} if screening else {}
+            clients = _without_what_reading_finds(opened, sketched, candidates, selection)
+            yield _accepted(
+                {client: candidates[client] for client in clients}, clients, sketched, weights, selection, rooms.notes
+            )
         finally:
-            for client in opened.values():
-                client.close()
+            for folder in opened.values():
+                folder.close()
 
 
-def examined(sources: Sequence[str | Path], weights: Weights, reading: Reading) -> Examined:
+def _accepted(
+    candidates: Mapping[str, Candidate],
+    clients: Mapping[str, PeftFolder],
+    sketched: Mapping[str, Sketched],
+    weights: Weights,
+    selection: Selection,
+    notes: Sequence[str],
+) -> Accepted:
+    found = weighed(candidates, weights, selection)
+    return Accepted(
+        clients=clients,
+        refs={client: candidate.ref for client, candidate in candidates.items()},
+        weights=found.n,
+        notes=[*notes, *_other_names(candidates), *selection.notes],
+        weighting=found.weighting,
+        left_out=sorted(selection.left_out),
+        waved_through=found.waved_through,
+        sketched={client: sketched[client] for client in clients if client in sketched},
+    )
+
+
+def examined(
+    sources: Sequence[str | Path], weights: Weights, reading: Reading, screening: Screening | None = None
+) -> Examined:
     """What `accepted` would read, without reading any weights or writing anything; the same errors."""
-    with open_rooms(reading.max_wait, reading.tell) as rooms:
-        candidates = _examined(rooms, sources, reading.pins)
+    selection = Selection(screening or UNSCREENED)
+    with open_rooms(reading.max_wait, reading.tell, reading.pins) as rooms:
+        candidates = _examined(rooms, sources, reading.pins, selection)
         missing = {name: each.ref.room.missing_bytes(each) for name, each in candidates.items()}
-        notes = [*rooms.notes, *_other_names(candidates)]
-        return Examined(candidates, weights_of(candidates, weights), missing, notes)
+        found = weighed(candidates, weights, selection)
+        notes = [*rooms.notes, *_other_names(candidates), *selection.notes]
+        return Examined(candidates, found.n, missing, notes, sorted(selection.left_out), found.waved_through)
 
 
-def _examined(rooms: Rooms, sources: Sequence[str | Path], pins: Mapping[str, str]) -> dict[str, Candidate]:
+def _examined(
+    rooms: Rooms, sources: Sequence[str | Path], pins: Mapping[str, str], selection: Selection
+) -> dict[str, Candidate]:
     """The adapters that the sources name, by client id, sorted; refused where they are no federation."""
     refs = [_pinned(ref, pins) for ref in rooms.expand(sources)]
     if not refs:
         raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
-    found: dict[str, Candidate] = {}
-    problems: list[Problem] = []
-    for candidate in rooms.examine(refs):
-        client = _client_id(candidate)
-        first = found.setdefault(client, candidate)
-        if first is not candidate:
-            problems.append(Problem(candidate.ref.source, "client_id", f"{client} is claimed by {first.ref.place} too"))
-    problems += _federation_problems({client: candidate.description for client, candidate in found.items()})
-    if problems:
-        raise RefusedError(problems)
-    return dict(sorted(found.items()))
+    candidates = rooms.examine(listed(refs, selection), selection.refuse)
+    require_exclusions_used(refs, candidates, selection.screening.exclude)
+    found = _agreeing(by_client_id(candidates, selection), selection)
+    selection.require(len(found))
+    if not found:
+        raise UsageError("Every adapter is excluded.")
+    return found
 
 
 def _pinned(ref: AdapterRef, pins: Mapping[str, str]) -> AdapterRef:
@@ -126,15 +177,21 @@ def _pinned(ref: AdapterRef, pins: Mapping[str, str]) -> AdapterRef:
     return replace(ref, commit=pins.get(ref.source, ref.commit))
 
 
+def _agreeing(candidates: Mapping[str, Candidate], selection: Selection) -> dict[str, Candidate]:
+    """Those that make one federation: without whoever differs from the most, until nobody does."""
+    found = dict(candidates)
+    while problems := _federation_problems({client: candidate.description for client, candidate in found.items()}):
+        for client in sorted({problem.client for problem in problems}):
+            selection.refuse(found.pop(client).ref, [each for each in problems if each.client == client], client)
+        if not selection.screening.skip_rejected:
+            break  # the first look names all that differ; what their absence would change is not asked for
+    return found
+
+
 def _federation_problems(clients: Mapping[str, Description]) -> list[Problem]:
     # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
     shapes = [Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items()]
     return [*claim_problems(clients), *shape_problems(shapes)]
-
-
-def _client_id(candidate: Candidate) -> str:
-    statement = candidate.description.statement
-    return statement.client_id if statement else candidate.ref.source
 
 
 def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
@@ -144,6 +201,22 @@ def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
         for client, candidate in candidates.items()
         if candidate.ref.commit and client != candidate.ref.source
     ]
+
+
+def _fetched(
+    rooms: Rooms, candidates: Mapping[str, Candidate], reading: Reading, selection: Selection
+) -> dict[str, Path]:
+    """The clients' folders on this machine."""
+    refused: list[AdapterRef] = []
+
+    def refuse(candidate: Candidate, problems: Sequence[Problem]) -> None:
+        refused.append(candidate.ref)
+        selection.refuse(candidate.ref, problems)
+
+    folders = rooms.fetch(list(candidates.values()), reading.progress, refuse)
+    here = [client for client, candidate in candidates.items() if candidate.ref not in refused]
+    selection.require(len(here))
+    return dict(zip(here, folders, strict=True))
 
 
 def _allow_open_files(count: int) -> None:
@@ -164,31 +237,50 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def open_clients(opened: dict[str, PeftFolder], folders: Mapping[str, Path], refs: Mapping[str, AdapterRef]) -> None:
+def open_clients(
+    opened: dict[str, PeftFolder],
+    folders: Mapping[str, Path],
+    candidates: Mapping[str, Candidate],
+    selection: Selection,
+) -> None:
     """Open each folder into `opened`; what was examined is examined again, now on the bytes that will be merged."""
     _allow_open_files(len(folders))
-    problems: list[Problem] = []
     for client, folder in folders.items():
         try:
             opened[client] = open_folder(folder)
         except FolderRefused as error:
-            problems += error.problems(refs[client].source)
-    problems += _federation_problems(opened)
-    if problems:
+            ref = candidates[client].ref
+            selection.refuse(ref, error.problems(ref.source), client)
+    selection.require(len(opened))
+    if problems := _federation_problems(opened):  # they agreed when they were examined: somebody writes to them
         raise RefusedError(problems)
 
 
-def weights_of(candidates: Mapping[str, Candidate], weights: Weights) -> dict[str, float]:
-    """The weight of each client; a weight may be given by id, by source, or by the source as the user wrote it."""
-    statements = [candidate.description.statement for candidate in candidates.values()]
-    counts = [statement.num_examples if statement else None for statement in statements]
-    given = [candidate.ref.given for candidate in candidates.values()]
-    names: dict[str, str] = {}
-    for client, candidate in candidates.items():
-        ref = candidate.ref
-        names |= {ref.given: client} if given.count(ref.given) == 1 else {}
-        names |= {ref.source: client, ref.place: client}
-    return dict(zip(candidates, resolve_weights(list(candidates), counts, weights, names=names), strict=True))
+def _without_what_reading_finds(
+    opened: Mapping[str, PeftFolder],
+    sketched: Mapping[str, Sketched],
+    candidates: Mapping[str, Candidate],
+    selection: Selection,
+) -> dict[str, PeftFolder]:
+    """The clients to merge: where the user asks for it without those whose values are no numbers, and without copies.
+
+    Who takes part has to be known before the merge begins, so this reads everything once more.
+    """
+    clients = dict(opened)
+    skips, drops = selection.screening.skip_rejected, selection.screening.drop_duplicates
+    if not sketched or not (skips or drops):
+        return clients
+    with pool() as threads:
+        for client, problems in read_all(sketched, threads).items():
+            selection.refuse(candidates[client].ref, problems, client)
+            del clients[client]
+        selection.require(len(clients))
+        hashes = threads.map(lambda folder: folder.file.sha256(), clients.values()) if drops else ()
+        here = {client: sketched[client] for client in clients}
+        for copy in copies(here, dict(zip(clients, hashes, strict=True))) if drops else ():
+            selection.leave_out(candidates[copy.client].ref, str(copy), copy.client)
+            del clients[copy.client]
+    return clients
 
 
 def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device) -> Federation:
@@ -198,7 +290,9 @@ def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, devic
         MissingBaseError: the mean needs base tensors that are not at hand.
     """
     folders = inputs.clients
-    clients = [Client(client, n, folders[client]) for client, n in inputs.weights.items() if n > 0]
+    clients = [
+        Client(client, n, inputs.sketched.get(client, folders[client])) for client, n in inputs.weights.items() if n > 0
+    ]
     total = sum(inputs.weights.values())
     conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
     without = Federation(clients, total, alpha, None, conv1d, device)

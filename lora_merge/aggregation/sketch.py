@@ -1,0 +1,88 @@
+"""What is kept of each update while a merge reads it anyway: its norm, and a sketch by which copies are found.
+
+A sketch of delta_w is U^T delta_w V for seeded random signs U and V: it costs a few columns of a product, it does not
+depend on how delta_w is factored, and the inner products of sketches estimate those of the updates without bias. Norms
+are exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). A tensor that was trained whole has no size without the base.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapter import Adapter, Factors, Spec, Update
+from lora_merge.aggregation import gram, lowrank
+
+COLUMNS = 4  # of U and of V: 16 numbers a module
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """|delta_w|^2 of one module's update, and U^T delta_w V of it, flat."""
+
+    square: float
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """An adapter that sketches each update when it is read first. Modules may be read by several threads."""
+
+    adapter: Adapter
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        return self.adapter.specs
+
+    def __getitem__(self, module: str) -> Update:
+        update = self.adapter[module]
+        if isinstance(update, Factors) and module not in self.sketches:
+            self.sketches[module] = sketch_of(update)
+        return update
+
+    @property
+    def norm(self) -> float | None:
+        """|Delta| over the modules that were read; of a DoRA module, of s B A. None where none was measured."""
+        return sum(sketch.square for sketch in self.sketches.values()) ** 0.5 if self.sketches else None
+
+
+def sketch_of(update: Factors) -> Sketch:
+    """The norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + COLUMNS) (d_in + d_out))."""
+    blocks, d_out, _ = update.B.shape
+    A, B = update.A, update.B.mT  # E x r x d_in, E x r x d_out
+    U = _signs(blocks * d_out, 1).reshape(blocks, d_out, COLUMNS)
+    square = update.scaling**2 * float(((B @ B.mT).double() * (A @ A.mT).double()).sum())
+    values = ((B @ U).mT @ (A @ _signs(A.shape[2], 0))).sum(dim=0).reshape(-1).double()
+    if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
+        square = gram.squared_norm(update)
+    return Sketch(max(0.0, square) if math.isfinite(square) else math.inf, update.scaling * values)
+
+
+def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str, str], float]:
+    """The estimated cosines of all pairs that may be above `above`, by their ids in order.
+
+    The relative error of 1 - cosine is about 1 / sqrt(8 modules), or 0.35 for one module.
+    """
+    names = sorted(client for client, adapter in clients.items() if adapter.norm)
+    if not names:
+        return {}
+    modules = sorted({module for name in names for module in clients[name].sketches})
+    rows = torch.stack([_row(clients[name], modules) for name in names])  # m x (16 modules)
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    pairs = (unit @ unit.mT).triu(1)
+    return {(names[i], names[j]): float(pairs[i, j]) for i, j in (pairs > above).nonzero().tolist()}
+
+
+def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:
+    nothing = torch.zeros(COLUMNS * COLUMNS, dtype=torch.float64)
+    return torch.cat([adapter.sketches[name].values if name in adapter.sketches else nothing for name in modules])
+
+
+@lru_cache(maxsize=64)
+def _signs(rows: int, side: int) -> Tensor:
+    """Signs of one shape serve every module of that shape: drawing them would cost more than using them."""
+    return lowrank.signs(rows, COLUMNS, lowrank.sketch_seed(side, f"screening {rows}"))

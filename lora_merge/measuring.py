@@ -1,0 +1,74 @@
+"""What reading the clients' updates finds out: values that are no numbers, updates far too large, copies."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from lora_merge.adapter import Client, FactorsSpec
+from lora_merge.aggregation import gram
+from lora_merge.aggregation.schedule import over
+from lora_merge.aggregation.sketch import Sketched, cosines
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.safetensors_file import FileRefused
+from lora_merge.errors import Problem
+from lora_merge.screening import Copy, identical, nearly_identical
+
+PERHAPS_A_COPY = 0.99  # a sketched cosine; whether it is above the bound is then measured
+
+
+def read_all(clients: Mapping[str, Sketched], threads: ThreadPoolExecutor) -> dict[str, list[Problem]]:
+    """Read, and so sketch, every update; the problems of each client that has any."""
+    tasks = [(client, module) for client, adapter in clients.items() for module in adapter.specs]
+    found: dict[str, list[Problem]] = {}
+    for problem in over(threads, partial(_problem, clients), tasks):
+        if problem is not None:
+            found.setdefault(problem.client, []).append(problem)
+    return found
+
+
+def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem | None:
+    client, module = task
+    try:
+        clients[client][module]
+    except FileRefused as error:
+        return Problem(client, error.field, error.reason)
+    return None
+
+
+def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str]) -> list[Copy]:
+    """Those whose weights file another one has too, or whose update has a cosine above 0.999 with another's.
+
+    Args:
+        clients: whose updates were read already; only where sketches are alike is anything read again.
+        hashes: the sha256 of each weights file.
+    """
+    same = identical(hashes)
+    rest = {client: clients[client] for client in clients if client not in {copy.client for copy in same}}
+    perhaps = cosines(rest, above=PERHAPS_A_COPY)
+    alike = {client: rest[client] for pair in perhaps for client in pair}
+    near = nearly_identical(list(rest), _measured(alike, perhaps)) if perhaps else []
+    return sorted([*same, *near], key=lambda copy: copy.client)
+
+
+def _measured(
+    clients: Mapping[str, Sketched], perhaps: Mapping[tuple[str, str], float]
+) -> Mapping[tuple[str, str], float]:
+    """The exact cosines of the pairs, from the Gram matrix; as sketched where that would need the base."""
+    names = sorted(clients)
+    federation = Federation([Client(name, 1.0, clients[name]) for name in names], float(len(names)))
+    parts = {name: gram.of_module(federation.module(name), names) for name in federation.factor_specs}
+    if any(part is None for part in parts.values()):
+        return perhaps
+    exact = gram.total(names, [1.0] * len(names), parts).cosines
+    return {(one, two): float(exact[names.index(one), names.index(two)]) for one, two in perhaps}
+
+
+def norms(clients: Mapping[str, Sketched]) -> dict[str, float]:
+    """The norm of each update, as far as it was measured."""
+    return {client: norm for client, adapter in clients.items() if (norm := adapter.norm) is not None}
+
+
+def not_measured(clients: Mapping[str, Sketched]) -> list[str]:
+    """The tensors that have no size without the base: those trained whole, and DoRA's magnitudes."""
+    specs: Sequence[tuple[str, object]] = [item for adapter in clients.values() for item in adapter.specs.items()]
+    return sorted({name for name, spec in specs if not isinstance(spec, FactorsSpec) or spec.magnitude})

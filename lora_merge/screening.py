@@ -1,0 +1,144 @@
+"""What stops a merge of strangers' adapters, and what only warns: counts, norms, copies. Facts in, problems out.
+
+Counts and norms are never changed unasked: a stop names the ways on.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_merge.errors import Problem, UsageError, one_line
+
+FEW_COUNTS, FEW_NORMS = 4, 3  # with fewer clients, none of them is an outlier
+TIMES_MEDIAN = 5.0
+COPY_COSINE = 0.999
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What the user said about adapters of people whom they don't know.
+
+    Attributes:
+        cap_examples: the most examples that a client counts for: a number, or `5x` for five times the median.
+        allow_dominant: go on where one self-stated count is far above the others'.
+        allow_outliers: go on where one update is far larger than the others.
+        allow_list: a file of the sources that may take part (see `lora_merge.selection.read_list`).
+        exclude: sources or client ids, or patterns of them, that do not take part.
+        drop_duplicates: of equal or nearly equal updates, keep the first by client id.
+        skip_rejected: go on without the clients that are refused.
+    """
+
+    cap_examples: str | float | None = None
+    allow_dominant: bool = False
+    allow_outliers: bool = False
+    allow_list: str | Path | None = None
+    exclude: Sequence[str] = ()
+    drop_duplicates: bool = False
+    skip_rejected: bool = False
+
+
+def cap_of(choice: str | float | None, counts: Sequence[float]) -> float | None:
+    """The most examples that a client counts for; `5x` is five times the median of `counts`.
+
+    Raises:
+        UsageError: it is neither a number above 0 nor a multiple of the median.
+    """
+    if choice is None:
+        return None
+    text = str(choice)
+    try:
+        number = float(text.removesuffix("x"))
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UsageError(f"--cap-examples must be a number above 0, or a multiple of the median as in 5x; is {text!r}.")
+    return number * median_of(counts) if text.endswith("x") else number
+
+
+def median_of(numbers: Sequence[float]) -> float:
+    """The median of those above 0: a client of no examples, or of no update, says nothing of what is usual."""
+    return statistics.median([number for number in numbers if number > 0] or [0.0])
+
+
+def dominant(counts: Mapping[str, float]) -> list[Problem]:
+    """The clients whose count is above five times the median, or above half of the total; from four clients on."""
+    if len(counts) < FEW_COUNTS:
+        return []
+    median, total = median_of(list(counts.values())), sum(counts.values())
+    found = []
+    for client, count in counts.items():
+        if count > TIMES_MEDIAN * median or count > total / 2:
+            said = f"states {count:g}: {count / median:.3g} times the median of {median:g}, {count / total:.0%} of all"
+            found.append(Problem(client, "num_examples", said))
+    return found
+
+
+def ways_past_dominance(counts: Mapping[str, float]) -> str:
+    """What to say after `dominant`: the largest cap that would do, and the other ways on."""
+    cap = next((f"{k}x" for k in (5, 4, 3, 2, 1) if not dominant(_capped(counts, f"{k}x"))), "NUMBER")
+    return (
+        f"Count them for less: --cap-examples {cap} (of the median). Believe them: --allow-dominant. "
+        "Or weigh the clients yourself: --weights uniform, or a file."
+    )
+
+
+def _capped(counts: Mapping[str, float], choice: str) -> dict[str, float]:
+    cap = cap_of(choice, list(counts.values()))
+    return {client: count if cap is None else min(count, cap) for client, count in counts.items()}
+
+
+def outliers(norms: Mapping[str, float]) -> list[Problem]:
+    """The clients whose update has a norm above five times the median; from three clients on."""
+    median = median_of(list(norms.values()))
+    if len(norms) < FEW_NORMS or not median:
+        return []
+    return [
+        Problem(client, "update", f"has the norm {norm:.3g}: {norm / median:.3g} times the median of {median:.3g}")
+        for client, norm in norms.items()
+        if norm > TIMES_MEDIAN * median
+    ]
+
+
+WAYS_PAST_OUTLIERS = (
+    "Scale them down: --clip 3x (of the median norm). Leave them out: --exclude SOURCE. Let them in: --allow-outliers."
+)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`client` has the update of `of`, which comes first by id: the same file, or a cosine above 0.999."""
+
+    client: str
+    of: str
+    cosine: float | None = None
+
+    def __str__(self) -> str:
+        if self.cosine is None:
+            return one_line(f"has the same weights as {self.of}")
+        return one_line(f"has nearly the update of {self.of} (cosine {self.cosine:.5f})")
+
+
+def identical(hashes: Mapping[str, str]) -> list[Copy]:
+    """The clients whose weights file another one, first by id, has too."""
+    first: dict[str, str] = {}
+    kept = {client: first.setdefault(sha256, client) for client, sha256 in sorted(hashes.items())}
+    return [Copy(client, other) for client, other in kept.items() if other != client]
+
+
+def nearly_identical(clients: Sequence[str], cosines: Mapping[tuple[str, str], float]) -> list[Copy]:
+    """The clients whose update is nearly that of one that is kept: each is held against those before it by id.
+
+    Args:
+        cosines: of the pairs (earlier, later) that may be alike; of all others it is taken as small.
+    """
+    kept: list[str] = []
+    found: list[Copy] = []
+    for client in sorted(clients):
+        near = [(cosines.get((other, client), 0.0), other) for other in kept]
+        cosine, other = max(near, default=(0.0, ""))
+        if cosine > COPY_COSINE:
+            found.append(Copy(client, other, cosine))
+        else:
+            kept.append(client)
+    return found

@@ -1,0 +1,153 @@
+"""Who takes part in a merge: exclusions, allow-lists, claimed ids. Everybody left out is named with the reason."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, one_line
+from lora_merge.ledger import LeftOut
+from lora_merge.screening import Screening
+from lora_merge.sources.reference import AdapterRef, Candidate
+
+LONGEST_REASON = 400  # characters; a ledger takes short texts
+
+
+@dataclass
+class Selection:
+    """Collects who is left out of a merge; the refused stop it, unless the user said to go on without them.
+
+    Attributes:
+        gone: every name that those who are left out go by.
+    """
+
+    screening: Screening
+    left_out: list[LeftOut] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    _problems: list[Problem] = field(default_factory=list)
+
+    def leave_out(self, ref: AdapterRef, reason: str, client: str | None = None) -> None:
+        """Name an adapter that is not merged, by the user's own choice."""
+        self.gone |= {ref.source, ref.place, ref.given, client or ref.source}
+        self.left_out.append(LeftOut(one_line(ref.source)[:LONGEST_REASON], one_line(reason)[:LONGEST_REASON]))
+
+    def refuse(self, ref: AdapterRef, problems: Sequence[Problem], client: str | None = None) -> None:
+        """Name an adapter that is not merged, since something is wrong with it."""
+        self._problems += problems
+        reasons = "; ".join(f"{problem.field}: {problem.reason}" for problem in sorted(set(problems)))
+        self.leave_out(ref, reasons, client)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each that was left out."""
+        return [f"{each.source} is left out: {each.reason}." for each in sorted(self.left_out)]
+
+    def require(self, remaining: int) -> None:
+        """Raise `RefusedError` with all that was refused so far, unless others remain and may go on without them."""
+        if self._problems and not (self.screening.skip_rejected and remaining):
+            hint = "To merge the others without them: --skip-rejected." if remaining else ""
+            raise RefusedError(self._problems, hint=hint)
+
+
+def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]:
+    """Those that are not excluded and are on the allow-list, as far as their source says; nothing of them is read."""
+    allowed = read_list(selection.screening.allow_list)
+    taking_part = []
+    for ref in refs:
+        if entry := _matching(selection.screening.exclude, _names(ref)):
+            selection.leave_out(ref, f"excluded by {entry}")
+        elif allowed is not None and not is_folder(ref) and not _matching(allowed, _names(ref)):
+            selection.refuse(ref, [_unlisted(ref.source)])
+        else:
+            taking_part.append(ref)
+    return taking_part
+
+
+def by_client_id(candidates: Sequence[Candidate], selection: Selection) -> dict[str, Candidate]:
+    """Those that take part by their client ids, sorted by them; an id that two sources claim is refused."""
+    allowed = read_list(selection.screening.allow_list)
+    claims: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        ref, client = candidate.ref, client_id(candidate)
+        if entry := _matching(selection.screening.exclude, [client]):
+            selection.leave_out(ref, f"{client} is excluded by {entry}", client)
+        elif allowed is not None and not _matching(allowed, [*_names(ref), *([client] if is_folder(ref) else [])]):
+            selection.refuse(ref, [_unlisted(ref.source)])
+        else:
+            claims.setdefault(client, []).append(candidate)
+    return {client: owner for client in sorted(claims) if (owner := _owner(client, claims[client], selection))}
+
+
+def require_exclusions_used(
+    refs: Sequence[AdapterRef], candidates: Sequence[Candidate], exclude: Sequence[str]
+) -> None:
+    """Raise `UsageError` for an exclusion that excludes nobody: a slip there would let somebody in."""
+    names = [name for ref in refs for name in _names(ref)] + [client_id(candidate) for candidate in candidates]
+    for entry in exclude:
+        if not _matching([entry], names):
+            raise UsageError(f"--exclude {one_line(entry)} is none of the sources or client ids.")
+
+
+def client_id(candidate: Candidate) -> str:
+    """The id that an adapter states, or the name of where it came from."""
+    statement = candidate.description.statement
+    return statement.client_id if statement else candidate.ref.source
+
+
+def is_folder(ref: AdapterRef) -> bool:
+    """Whether an adapter lies on this machine: then the user chose it, and its id may be taken at its word."""
+    return ref.commit is None and "://" not in ref.place
+
+
+def read_list(path: str | Path | None) -> list[str] | None:
+    """The entries of an allow-list: one a line, `#` begins a comment; None where no list is given.
+
+    An entry is a source, `SOURCE@COMMIT`, or a pattern of them (`org/hospital-*`). For folders it may be the client
+    id; elsewhere it may not, since anybody can state any id.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: it lists nobody, or is no text.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise NotFoundError(f"No such allow-list: {path}.", hint="--allow-list takes a file: one source a line.")
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The allow-list {path} is not UTF-8 text.") from error
+    if not any(lines):
+        raise UsageError(f"The allow-list {path} lists nobody.", hint="One source a line, as in org/hospital-*.")
+    return [line for line in lines if line]
+
+
+def _names(ref: AdapterRef) -> list[str]:
+    """What an entry may call an adapter by; the user's own word too, where it is no pattern."""
+    names = [ref.source, ref.place, *([ref.given] if is_folder(ref) else [])]
+    return [*names, f"{ref.source}@{ref.commit}"] if ref.commit else names
+
+
+def _matching(entries: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first entry that is, or matches, one of the names."""
+    names = list(names)
+    forms = {entry: entry.removeprefix("./").rstrip("/") for entry in entries}  # a shell completes folders with a slash
+    fits = (e for e, form in forms.items() if any(form == name or fnmatchcase(name, form) for name in names))
+    return next(fits, None)
+
+
+def _unlisted(source: str) -> Problem:
+    return Problem(source, "allow-list", "is not on it")
+
+
+def _owner(client: str, claims: Sequence[Candidate], selection: Selection) -> Candidate | None:
+    """Whose the id is: of several, the repository of that name; with none of that name, nobody's."""
+    if len(claims) == 1:
+        return claims[0]
+    owner = next((each for each in claims if each.ref.commit and each.ref.source == client), None)
+    for each in claims:
+        if each is not owner:
+            others = ", ".join(other.ref.place for other in claims if other is not each)
+            problem = Problem(each.ref.source, "client_id", f"{client} is claimed by {others} too")
+            selection.refuse(each.ref, [problem])
+    return owner
