@@ -261,3 +261,8 @@ def interrupt() -> None:
 def endpoint() -> str:
     """The Hub's address: HF_ENDPOINT, or https://huggingface.co."""
     return str(constants.ENDPOINT)
+
+
+def is_offline() -> bool:
+    """Whether the user has said, by HF_HUB_OFFLINE, that nothing is to be asked of the Hub."""
+    return bool(constants.HF_HUB_OFFLINE)

@@ -28,13 +28,15 @@ from lora_merge.checkpoint.peft_folder import (
 )
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry, header_bytes, read_header
 from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
-from lora_merge.hub.client import endpoint
+from lora_merge.hub.client import endpoint, is_offline
 from lora_merge.hub.failures import asking
 from lora_merge.hub.ranges import read_range
-from lora_merge.sources.hub_cache import cached_file, fetch_file, hash_problem, remove_leftovers
+from lora_merge.sources.hub_cache import cached_entries, cached_file, fetch_file, hash_problem, remove_leftovers
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 from lora_merge.statement import FILE_NAME, MAX_BYTES
 
+# Files that a client's adapter does not have, and what does.
+NO_CLIENTS = {LEDGER_NAME: "a merged adapter", "lora_start.json": "a federation's recipe"}
 HEADER_GUESS = 1 << 17  # bytes: the header of most adapters fits
 LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: 1 << 26, LOCK_NAME: lock.MAX_BYTES}
 
@@ -45,12 +47,19 @@ _WILD = re.compile(r"\[[^]]*\]|[*?]")
 
 
 class HubRoom:
-    """The Hub as a place that adapters come from. `api` is of an open `hub_session`."""
+    """The Hub as a place that adapters come from.
+
+    Attributes:
+        api: of an open `hub_session`.
+        pins: commits by repository: all that is known of the Hub under HF_HUB_OFFLINE.
+        notes: what a pattern matched and did not take.
+    """
 
     store = Path(constants.HF_HUB_CACHE)
 
-    def __init__(self, api: HfApi) -> None:
-        self.api = api
+    def __init__(self, api: HfApi, pins: Mapping[str, str] | None = None) -> None:
+        self.api, self.pins = api, pins or {}
+        self.notes: list[str] = []
         self._infos: dict[tuple[str, str], ModelInfo] = {}
 
     def expand(self, source: str) -> list[AdapterRef]:
@@ -140,16 +149,40 @@ class HubRoom:
         """The owner's repositories that fit, with their heads."""
         if _WILD.search(owner):
             raise UsageError(f"{pattern}: the part before the slash must be one user or organisation.")
-        literal = max(_WILD.split(pattern.partition("/")[2]), key=len)
-        with asking(owner):  # the Hub's own search ignores case
-            listed = self.api.list_models(author=owner, search=literal or None, expand=["sha"])
-            heads = {model.id: str(model.sha) for model in listed}
+        heads, others = self._listed(owner, pattern)
         found = {repo: heads[repo] for repo in sorted(heads) if fnmatch.fnmatchcase(repo, pattern)}
+        if not found and is_offline():
+            raise _needs_the_hub(pattern)
         if not found:
             raise NotFoundError(f"No repository matches {pattern}.", hint=self._near(owner, pattern, heads))
+        found = self._clients(found, others, pattern)
         if odd := [repo for repo, sha in found.items() if not _COMMIT.fullmatch(sha)]:
             raise NotFoundError(f"{', '.join(odd)}: there is no commit to read.")
         return found
+
+    def _listed(self, owner: str, pattern: str) -> tuple[dict[str, str], dict[str, str]]:
+        """The owner's repositories with their heads; and of those that hold no client's adapter, what they hold."""
+        if is_offline():
+            return dict(self.pins), {}
+        literal = max(_WILD.split(pattern.partition("/")[2]), key=len)
+        with asking(owner):  # the Hub's own search ignores case
+            listed = list(self.api.list_models(author=owner, search=literal or None, expand=["sha", "siblings"]))
+            held = {model.id: {file.rfilename for file in model.siblings or []} for model in listed}
+            heads = {model.id: str(model.sha) for model in listed}
+        others = {repo: what for name, what in NO_CLIENTS.items() for repo in held if name in held[repo]}
+        return heads, others
+
+    def _clients(self, found: Mapping[str, str], others: Mapping[str, str], pattern: str) -> dict[str, str]:
+        """What a pattern takes of what it matches: `org/*` would merge a federation's result with its parts."""
+        left = {what: [repo for repo in found if others.get(repo) == what] for what in NO_CLIENTS.values()}
+        said = [f"{', '.join(repos)} ({what})" for what, repos in left.items() if repos]
+        taken = {repo: sha for repo, sha in found.items() if repo not in others}
+        if not taken:
+            hint = "A pattern is for clients' adapters; name another repository by itself."
+            raise NotFoundError(f"{pattern} matches only {', '.join(said)}.", hint=hint)
+        if said:
+            self.notes.append(f"{pattern} leaves out {', '.join(said)}; named by itself, a repository is read.")
+        return taken
 
     def _near(self, owner: str, pattern: str, heads: Mapping[str, str]) -> str:
         with asking(owner):
@@ -160,6 +193,11 @@ class HubRoom:
         return f"{owner} has no repository that you may see; to see private ones: hf auth login" if not repos else ""
 
     def _pinned(self, repo: str, revision: str | None, given: str) -> AdapterRef:
+        if is_offline():
+            commit = revision or self.pins.get(repo, "")
+            if not _COMMIT.fullmatch(commit):
+                raise _needs_the_hub(given)
+            return AdapterRef(repo, given, repo, commit, room=self)
         with asking(repo):
             info = self.api.model_info(repo, revision=revision, files_metadata=True)
             commit = str(info.sha)
@@ -171,6 +209,8 @@ class HubRoom:
     def _files(self, ref: AdapterRef) -> dict[str, FileEntry]:
         """The files that a merge may read, as the repository lists them."""
         key = (ref.place, _commit(ref))
+        if is_offline():
+            return cached_entries(*key)
         if key not in self._infos:
             self._pinned(*key, ref.given)
         with asking(ref.place):
@@ -225,6 +265,13 @@ def _bare(source: str) -> str:
         path = source.partition("://")[2].partition("/")[2].split("?")[0].rstrip("/")
         return re.sub(r"/tree/(.+)$", r"@\1", path)
     return source.removeprefix("hf://").removeprefix("models/") if source.startswith("hf://") else source
+
+
+def _needs_the_hub(source: str) -> NetworkError:
+    hint = (
+        "Offline, name commits whose files are in the cache: ORG/NAME@COMMIT, or --lock FILE. Or: unset HF_HUB_OFFLINE"
+    )
+    return NetworkError(f"{one_line(source)} has to be looked up on the Hub, and HF_HUB_OFFLINE is set.", hint=hint)
 
 
 def _entry(sibling: RepoSibling) -> FileEntry:

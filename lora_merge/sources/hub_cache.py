@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from lora_merge import __version__
-from lora_merge.checkpoint.peft_folder import FolderRefused
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
 from lora_merge.sources.reference import Advance, FileEntry
+from lora_merge.statement import FILE_NAME as STATEMENT_NAME
 
 CHUNK = 1 << 20
 
@@ -25,6 +27,36 @@ def cached_file(repo: str, commit: str, name: str) -> Path | None:
     """Where the cache has a file of a commit; None where it has not."""
     found = try_to_load_from_cache(repo, name, revision=commit)
     return Path(found) if isinstance(found, str) and os.path.isfile(found) else None
+
+
+def cached_entries(repo: str, commit: str) -> dict[str, FileEntry]:
+    """The files that a merge reads of a commit, as the cache knows them: it calls contents by the hashes once listed.
+
+    Raises:
+        NetworkError: one of them is not there, or the cache does not tell.
+    """
+    found = {name: path for name in READ_NAMES if (path := cached_file(repo, commit, name))}
+    unsure = [
+        name
+        for name in (CONFIG_NAME, WEIGHTS_NAME, STATEMENT_NAME)
+        if name not in found and try_to_load_from_cache(repo, name, revision=commit) is None
+    ]
+    entries = {name: _cached_entry(name, path) for name, path in found.items()}
+    if unsure or None in entries.values():
+        raise NetworkError(
+            f"{repo} at {commit[:12]} is not wholly in the cache ({', '.join(unsure) or 'its hashes'}), "
+            "and HF_HUB_OFFLINE is set.",
+            hint="unset HF_HUB_OFFLINE",
+        )
+    return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+def _cached_entry(name: str, path: Path) -> FileEntry | None:
+    """A file by the name of its contents; None where the cache is one without links."""
+    stored, size = path.resolve().name, path.stat().st_size
+    if re.fullmatch(r"[0-9a-f]{64}", stored):
+        return FileEntry(name, size, sha256=stored)
+    return FileEntry(name, size, git_sha1=stored) if re.fullmatch(r"[0-9a-f]{40}", stored) else None
 
 
 def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Path:

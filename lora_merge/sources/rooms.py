@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_merge.errors import StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom, open_store
@@ -16,32 +17,48 @@ from lora_merge.sources.local import LocalRoom, is_folder, names_of
 from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
 
+if TYPE_CHECKING:
+    from lora_merge.sources.hub import HubRoom
+
 MAX_WAIT = 300.0  # seconds
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @contextmanager
-def open_rooms(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> Iterator["Rooms"]:
+def open_rooms(
+    max_wait: float = MAX_WAIT, tell: Tell = lambda line: None, pins: Mapping[str, str] | None = None
+) -> Iterator["Rooms"]:
     """All places that adapters come from; each is opened when the first source names it.
 
     Args:
-        max_wait: the seconds that a call may wait for a busy Hub.
+        max_wait: the seconds that all waits for a busy Hub may take together.
         tell: called with a line when such a wait begins.
+        pins: commits by repository, which stand for the Hub's listing under HF_HUB_OFFLINE.
     """
     if not max_wait >= 0:
         raise UsageError(f"--max-wait must be a number of seconds from 0 up, is {max_wait}.")
     with ExitStack() as stack:
-        yield Rooms(stack, max_wait, tell)
+        yield Rooms(stack, max_wait, tell, pins or {})
 
 
 class Rooms:
-    """The open places. `notes` is what the user should know of how the sources were read."""
+    """The open places."""
 
-    def __init__(self, stack: ExitStack, max_wait: float, tell: Tell) -> None:
-        self._stack, self._max_wait, self._tell = stack, max_wait, tell
+    def __init__(self, stack: ExitStack, max_wait: float, tell: Tell, pins: Mapping[str, str]) -> None:
+        self._stack, self._max_wait, self._tell, self._pins = stack, max_wait, tell, pins
         self._stopped = threading.Event()
-        self.notes: list[str] = []
+        self._taken_here: list[str] = []
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the sources were read."""
+        of_hub = sorted(self._hub.notes) if "_hub" in vars(self) else []
+        if not self._taken_here:
+            return of_hub
+        names = ", ".join(self._taken_here)
+        return [f"Folders here, read from this machine: {names}. Of the Hub: hf://{self._taken_here[0]}", *of_hub]
 
     def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
         """Every adapter that the sources name, pinned, in their order.
@@ -114,7 +131,8 @@ class Rooms:
         if not _ON_THE_HUB.fullmatch(text) or text.startswith("."):
             return self._local
         if is_folder(text):
-            self.notes.append(f"{one_line(text)} is read from this machine; for the Hub: hf://{one_line(text)}")
+            if _REPOSITORY.fullmatch(text) and text not in self._taken_here:
+                self._taken_here.append(text)
             return self._local
         if Path(text.partition("/")[0]).is_dir() or Path(text).exists():
             return self._local  # which says what is wrong with it
@@ -129,11 +147,11 @@ class Rooms:
         return FilesystemRoom(self._stack.enter_context(open_store()), self._stopped)
 
     @cached_property
-    def _hub(self) -> Room:
+    def _hub(self) -> "HubRoom":
         from lora_merge.hub.client import hub_session  # half a second that a merge of folders need not wait
         from lora_merge.sources.hub import HubRoom
 
-        return HubRoom(self._stack.enter_context(hub_session(self._max_wait, self._tell)))
+        return HubRoom(self._stack.enter_context(hub_session(self._max_wait, self._tell)), self._pins)
 
 
 def _silent() -> AbstractContextManager[Advance]:

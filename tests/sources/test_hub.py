@@ -109,10 +109,30 @@ def test_hf_addresses_and_ids_on_standard_input(hub: LocalHub, pull_once: Puller
 
 def test_a_folder_wins_over_a_repository_and_says_so(hub: LocalHub, pull_once: Puller) -> None:
     publish(hub, 2)
-    write(pull_once.folder / "org" / "client-0", adapter("org/client-0"))
-    ran = pull_once("org/client-0", "hf://org/client-1", "--dry-run", "--json")
-    assert [client["commit"] is None for client in ran.json["clients"]] == [True, False]
-    assert "org/client-0 is read from this machine; for the Hub: hf://org/client-0" in ran.err
+    for name in ("client-0", "more/client-2", "client-3"):
+        write(pull_once.folder / "org" / name, adapter(f"org/{Path(name).name}"))
+    sources = ("org/client-0", "hf://org/client-1", "org/more/client-2", "org/client-[3]", "./org/client-3/../client-3")
+    ran = pull_once(*sources[:4], "--dry-run", "--json")
+    assert [client["commit"] is None for client in ran.json["clients"]] == [True, False, True, True]
+    assert ran.err == "warning: Folders here, read from this machine: org/client-0. Of the Hub: hf://org/client-0\n"
+    ran = pull_once("org/client-0", "org/client-3", "--dry-run", "--json")
+    assert len(ran.err.splitlines()) == 1
+    assert "org/client-0, org/client-3" in ran.err
+    assert pull_once(sources[2], sources[4], "--dry-run").err == ""
+
+
+def test_a_pattern_leaves_out_what_is_no_clients_and_says_so(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 2)
+    assert pull_once("org/client-*", "-o", "global").code == 0
+    files = {path.name: path.read_bytes() for path in (pull_once.folder / "global").iterdir()}
+    hub.create("org/global", files)
+    hub.create("org/federation", {"recipe.yaml": "{}", "lora_start.json": "{}"})
+    ran = pull_once("org/*", "--dry-run", "-q")
+    assert [line.partition("@")[0] for line in ran.out.splitlines()] == ["org/client-0", "org/client-1"]
+    assert "org/* leaves out org/global (a merged adapter), org/federation (a federation's recipe);" in ran.err
+    ran = pull_once("org/g*", "--dry-run")
+    assert (ran.code, ran.err.splitlines()[0]) == (4, "error: org/g* matches only org/global (a merged adapter).")
+    assert pull_once("org/global", "--weights", "uniform", "--dry-run").code == 0
 
 
 def test_a_repository_given_twice_is_refused(hub: LocalHub, pull_once: Puller) -> None:

@@ -1,0 +1,67 @@
+"""HF_HUB_OFFLINE: what is pinned and wholly in the cache is read, hashes checked; the rest is refused in a sentence."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import digests
+from tests.hub.server import LocalHub
+from tests.sources.federation import Puller, adapter, publish
+
+SWITCH = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = on"
+
+
+@pytest.fixture
+def commits(hub: LocalHub, pull_once: Puller) -> Iterator[dict[str, str]]:
+    """Two clients that were merged once under a lock; then nothing is asked of the Hub any more."""
+    commits = publish(hub, 2)
+    assert pull_once("org/client-*", "-o", "online", "--lock", "the.lock").code == 0
+    pull_once.client.run(SWITCH, on=True)
+    hub.clear_calls()
+    yield commits
+    pull_once.client.run(SWITCH, on=False)
+    assert hub.calls() == []
+
+
+def merged(pull: Puller, *arguments: str) -> dict[str, str]:
+    ran = pull(*arguments, "-o", "offline")
+    assert ran.code == 0, ran.err
+    return digests(pull.folder / "offline")
+
+
+def test_commits_in_the_cache_are_merged(commits: dict[str, str], pull_once: Puller) -> None:
+    sources = [f"{repo}@{commit}" for repo, commit in commits.items()]
+    assert merged(pull_once, *sources) == digests(pull_once.folder / "online")
+
+
+@pytest.mark.parametrize("sources", [("org/client-*",), ("org/client-0", "hf://org/client-1")])
+def test_a_lock_stands_for_the_listing(commits: dict[str, str], pull_once: Puller, sources: tuple[str, ...]) -> None:
+    found = merged(pull_once, *sources, "--lock", "the.lock", "--locked")
+    assert found == digests(pull_once.folder / "online")
+
+
+@pytest.mark.parametrize("source", ["org/client-*", "org/client-0", "org/client-0@main"])
+def test_what_must_be_looked_up_is_refused(commits: dict[str, str], pull_once: Puller, source: str) -> None:
+    ran = pull_once(source, "-o", "global")
+    assert (ran.code, ran.err.splitlines()[0]) == (
+        5,
+        f"error: {source} has to be looked up on the Hub, and HF_HUB_OFFLINE is set.",
+    )
+
+
+def test_a_damaged_file_in_the_cache_is_not_believed(commits: dict[str, str], pull_once: Puller) -> None:
+    path = next(pull_once.home.glob("hub/models--org--client-0/snapshots/*/adapter_model.safetensors")).resolve()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    ran = pull_once(f"org/client-0@{commits['org/client-0']}", "-o", "global")
+    assert ran.code in (3, 5)
+    assert not (pull_once.folder / "global").exists()
+
+
+def test_a_cache_that_may_lack_the_statement_is_not_believed(commits: dict[str, str], pull_once: Puller) -> None:
+    next(pull_once.home.glob("hub/models--org--client-0/snapshots/*/lora_merge.json")).unlink()
+    ran = pull_once(f"org/client-0@{commits['org/client-0']}", "-o", "global", "--weights", "uniform")
+    assert ran.code == 5
+    assert "is not wholly in the cache (lora_merge.json), and HF_HUB_OFFLINE is set" in ran.err
+    assert set(adapter("org/client-0")) == {"adapter_config.json", "adapter_model.safetensors", "lora_merge.json"}
