@@ -3,9 +3,9 @@
 What decides whether the mean makes sense is refused when it differs; what only makes it worse is a warning.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem
@@ -47,7 +47,7 @@ def agreed_base_model(clients: Clients) -> str | None:
 
 def is_local(name: str) -> bool:
     """Whether a base model's name is a path on somebody's machine and not a repository id."""
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)
 
 
 def _one_base_model(clients: Clients) -> Iterator[Problem]:

@@ -6,10 +6,12 @@ shapes; a client's `target_modules` is never evaluated.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any
 
+from lora_merge.checkpoint.naming import Endings, Pattern
 from lora_merge.checkpoint.safetensors_file import FileRefused
 
 MAX_R = 1024  # of a client; a global adapter's rank may reach the size of its modules
@@ -43,8 +45,6 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-T = TypeVar("T")
-
 _PATTERN_KEY = re.compile(r"[A-Za-z0-9._-]{1,512}")
 _TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}")
 
@@ -75,22 +75,44 @@ class AdapterConfig:
     target_parameters: tuple[str, ...] = ()
     trainable_token_indices: Mapping[str, tuple[int, ...]] | None = None
 
+    @cached_property
+    def _ranks(self) -> Pattern[int]:
+        return Pattern(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Pattern[float]:
+        return Pattern(self.alpha_pattern)
+
+    @cached_property
+    def saved(self) -> Endings:
+        """`modules_to_save`, as PEFT takes them: every module whose name ends in one of these."""
+        return Endings(self.modules_to_save)
+
+    @cached_property
+    def tokens(self) -> Pattern[tuple[int, ...]]:
+        """`trainable_token_indices`, by dotted suffix of an embedding's name."""
+        return Pattern(self.trainable_token_indices or {})
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Sequence[str]]:
+        """The last parts of `target_parameters`, by what stands before them."""
+        found: dict[str, list[str]] = {}
+        for target in self.target_parameters:
+            owner, _, parameter = target.rpartition(".")
+            found.setdefault(owner, []).append(parameter)
+        return found
+
     def rank(self, name: str) -> int:
         """The r that PEFT would give the module `name`."""
-        return first_match(self.rank_pattern, name, self.r)
+        return self._ranks.match(name, self.r)
 
     def alpha(self, name: str) -> float:
         """The lora_alpha that PEFT would give the module `name`."""
-        return first_match(self.alpha_pattern, name, self.lora_alpha)
+        return self._alphas.match(name, self.lora_alpha)
 
     def scaling(self, name: str, r: int) -> float:
         """The factor on B @ A in the module `name`, whose rank is `r`."""
         return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
-
-
-def first_match(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first key that is `name` or a dotted suffix of it, as PEFT chooses."""
-    return next((value for key, value in pattern.items() if name == key or name.endswith("." + key)), default)
 
 
 class ConfigReader:

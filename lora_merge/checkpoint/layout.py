@@ -14,12 +14,13 @@ Source: PEFT 0.21 `tuners/lora/layer.py` (`Linear`, `Embedding`, `_ConvNd`, `Par
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec, FullTensor, Layout, Spec, TokenRows, TokenSpec, Update
 from lora_merge.checkpoint.config import MAX_SCALING, AdapterConfig
+from lora_merge.checkpoint.naming import Endings, dotted_suffixes
 from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile, TensorEntry
 
 if TYPE_CHECKING:
@@ -130,11 +131,15 @@ def find_updates(
             found[module] = _factors(module, keys, entries, config)
         except FileRefused as problem:
             problems.append(problem)
+    token_adapters = sum(map(_is_token_rows, entries))
     for key, entry in entries.items():
         name = key.removeprefix(PREFIX)
         if name != key and not name.endswith(tuple(_ROLES)):
             try:
-                found.update(_whole(name, entry, lora, config, sum(map(_is_token_rows, entries))))
+                whole = _whole(name, entry, lora, config, token_adapters)
+                if found.keys() & whole.keys():
+                    raise FileRefused(name, "is stored under two names")
+                found.update(whole)
             except FileRefused as problem:
                 problems.append(problem)
     return _one_of_equal(found), problems + list(_missing(found, config))
@@ -159,10 +164,11 @@ def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[Fil
     for name, stored in found.items():
         if isinstance(stored.spec, FactorsSpec) and owner_of(name) not in found:
             yield FileRefused(name, f"is part of {owner_of(name)}, of which the file holds no update")
-    for target in config.target_parameters:
-        one = AdapterConfig(target_parameters=(target,))
-        if not any(isinstance(s.spec, FactorsSpec) and any(parameters_of(name, one)) for name, s in found.items()):
-            yield FileRefused("target_parameters", f"names {target}, but the file holds no update of it")
+    factors = [owner_of(name) for name, stored in found.items() if isinstance(stored.spec, FactorsSpec)]
+    held = {suffix for name in factors for suffix in dotted_suffixes(name)}
+    for owner, parameters in config.parameters.items():
+        if owner not in held:
+            yield FileRefused("target_parameters", f"names {owner}.{parameters[0]}, but the file holds no update of it")
 
 
 def _factors(module: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], config: AdapterConfig) -> Stored:
@@ -220,11 +226,11 @@ def _rank_and_scaling(module: str, layout: Layout, rows: int, config: AdapterCon
     return r, scaling
 
 
-def saved_module(tensor: str, parts: Iterable[str]) -> str | None:
+def saved_module(tensor: str, parts: Endings) -> str | None:
     """The module of `tensor` that a `modules_to_save` means: PEFT takes every module whose name ends in an entry."""
     path = tensor.split(".")
     modules = (".".join(path[:count]) for count in range(1, len(path)))
-    return next((module for module in modules if module.endswith(tuple(parts))), None)
+    return next((module for module in modules if parts.match(module)), None)
 
 
 def owner_of(module: str) -> str:
@@ -235,9 +241,8 @@ def owner_of(module: str) -> str:
 def parameters_of(module: str, config: AdapterConfig) -> Iterator[str]:
     """The full names of the targeted parameters of `module` (PEFT nests one `base_layer` for each further one)."""
     path = owner_of(module)
-    for target in config.target_parameters:
-        owner, _, parameter = target.rpartition(".")
-        if path == owner or path.endswith("." + owner):
+    for owner in dotted_suffixes(path):
+        for parameter in config.parameters.get(owner, ()):
             yield f"{path}.{parameter}"
 
 
@@ -255,7 +260,7 @@ def _whole(
     # PEFT saves the weights of embeddings and output layers along with their LoRA, since they may have been resized.
     saved_with_lora = name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in lora
     trained_bias = config.bias != "none" and name.endswith(".bias")
-    trained_whole = saved_module(name, config.modules_to_save) is not None
+    trained_whole = saved_module(name, config.saved) is not None
     if ".modules_to_save." in name or ".original_module." in name:
         raise FileRefused("bias", f"{config.bias} together with modules_to_save stores {name} under several names")
     if not (saved_with_lora or trained_bias or trained_whole):
@@ -272,7 +277,6 @@ def _indices_of(module: str, config: AdapterConfig, token_adapters: int) -> tupl
     by_module = config.trainable_token_indices or {}
     if "" in by_module and token_adapters == 1:
         return by_module[""]
-    for name, indices in by_module.items():
-        if name and (module == name or module.endswith("." + name)):
-            return indices
+    if indices := config.tokens.match(module, ()):
+        return indices
     raise FileRefused("trainable_token_indices", f"does not say which rows of {module} the file holds")

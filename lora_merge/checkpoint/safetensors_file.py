@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
+MAX_DEPTH = 20  # of JSON; ours nests 6 deep, and a recipe's settings less
+MAX_DIGITS = 300  # of a whole number: all of these are finite as floats too
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 
@@ -145,7 +147,7 @@ def read_header(text: bytes, size: int) -> Mapping[str, TensorEntry]:
 
 
 def parse_json(text: bytes, field: str) -> dict[str, Any]:
-    """A JSON object, with duplicate keys, NaN, infinities and deep nesting refused."""
+    """A JSON object, with duplicate keys, numbers that are no finite floats, and deep nesting refused."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(items)) < len(items):
@@ -153,17 +155,35 @@ def parse_json(text: bytes, field: str) -> dict[str, Any]:
         return dict(items)
 
     def constant(value: str) -> float:
-        raise FileRefused(field, f"holds the number {value}")
+        raise FileRefused(field, f"holds the number {value[:20]}")
+
+    def real(value: str) -> float:
+        return number if math.isfinite(number := float(value)) else constant(value)
+
+    def whole(value: str) -> int:
+        return int(value) if len(value) <= MAX_DIGITS else int(constant(value))
 
     try:
-        data = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        data = json.loads(
+            text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=whole
+        )
     except FileRefused:
         raise
     except (ValueError, RecursionError) as error:
         raise FileRefused(field, "is not valid JSON") from error
     if not isinstance(data, dict):
         raise FileRefused(field, "is not a JSON object")
+    if _is_deep(data):
+        raise FileRefused(field, f"is nested more than {MAX_DEPTH} deep")
     return data
+
+
+def _is_deep(data: object) -> bool:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        values = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for items in values for item in items if isinstance(item, (dict, list))]  # type: ignore[attr-defined]
+    return bool(level)
 
 
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:

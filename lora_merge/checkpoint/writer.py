@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
-from lora_merge.checkpoint.config import AdapterConfig, first_match
+from lora_merge.checkpoint.config import AdapterConfig
 from lora_merge.checkpoint.layout import lora_r, owner_of, parameters_of, saved_module
+from lora_merge.checkpoint.naming import Endings, Pattern
 from lora_merge.checkpoint.safetensors_file import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def merged_config(
     }
     r, alpha = _most_common(settings)
     # By full name: PEFT demands a tensor for each module that an entry means, and clients may mean different ones.
-    parts = [part for config in clients for part in config.modules_to_save]
+    parts = Endings(part for config in clients for part in config.modules_to_save)
     saved = {saved_module(name, parts) for name in whole}
     return {
         "peft_type": "LORA",
@@ -131,5 +132,6 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """
     longest_first = sorted(values, key=lambda name: (-len(name), name))
     pattern = {name: values[name] for name in longest_first if values[name] != default}
-    caught = {name for name in values if first_match(pattern, name, default) != values[name]}
+    found = Pattern(pattern)
+    caught = {name for name in values if found.match(name, default) != values[name]}
     return {name: values[name] for name in longest_first if name in pattern or name in caught}

@@ -1,0 +1,155 @@
+"""What must hold of a mutant: it is refused by a documented error, or what was accepted is finite and consistent."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from lora_merge import aggregate
+from lora_merge.adapter import FactorsSpec, FullSpec
+from lora_merge.agreement import is_local
+from lora_merge.aggregation.methods import METHODS
+from lora_merge.card import Place, client_card, global_card
+from lora_merge.checkpoint.config import MAX_SCALING
+from lora_merge.checkpoint.layout import stored_shapes
+from lora_merge.checkpoint.peft_folder import MAX_GLOBAL_R, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.errors import LoraMergeError
+from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.lock import Lock, LockError
+from tests.adapters import WEIGHTS
+
+REFUSED = (FolderRefused, FileRefused, LedgerError, LockError)
+
+
+def judge_folder(random: Random, folder: Path, peer: Path, scratch: Path) -> str:
+    """Open an adapter folder, read it, and merge it, alone or with the sound `peer`."""
+    try:
+        adapter = open_folder(folder)
+    except FolderRefused:
+        return "refused"
+    try:
+        read = _consistent(adapter)
+        if adapter.statement is not None:
+            text = client_card(adapter.statement, base_model=adapter.config.base_model, task_type=None, repo="org/x")
+            _harmless(text)
+            assert type(adapter.statement).from_json(json.loads(adapter.statement.to_json())) == adapter.statement
+    finally:
+        adapter.close()
+    return _merged(random, folder, peer, scratch) if read else "accepted; a tensor refused when it was read"
+
+
+def _consistent(adapter: PeftFolder) -> bool:
+    """Whether all tensors are finite; asserts that the description is that of the header, tensor by tensor."""
+    described: dict[str, tuple[int, ...]] = {}
+    for stored in adapter.stored.values():
+        if isinstance(stored.spec, FactorsSpec):
+            assert 1 <= stored.spec.r <= MAX_GLOBAL_R
+            assert 0 < stored.spec.scaling <= MAX_SCALING
+            described |= {stored.tensors[role]: shape for role, shape in stored_shapes(stored.spec).items()}
+        elif isinstance(stored.spec, FullSpec):
+            described[stored.tensors["value"]] = stored.spec.shape
+        else:
+            described[stored.tensors["value"]] = (len(stored.spec.indices), stored.spec.d)
+    assert described == {name: entry.shape for name, entry in adapter.file.entries.items()}
+    try:
+        for name in adapter.stored:
+            update = adapter[name]
+            for value in vars(update).values():
+                assert not isinstance(value, torch.Tensor) or torch.isfinite(value).all()
+    except FileRefused:
+        return False
+    return True
+
+
+def _merged(random: Random, folder: Path, peer: Path, scratch: Path) -> str:
+    """Merge by some method; the result is finite, and an adapter that we accept ourselves."""
+    alone = random.random() < 0.5
+    method = random.choice(["exact", "exact", "svd", *METHODS])
+    certificate: Any = random.choice([None, "exact", "probes", "off"])
+    try:
+        aggregate(
+            [folder] if alone else [folder, peer],
+            scratch,
+            method=method,
+            weights="uniform",
+            certificate=certificate,
+            dtype=random.choice(["fp32", "fp32", "bf16", "fp16"]),
+            workers=1,
+            force=True,
+        )
+    except LoraMergeError as error:
+        assert error.exit_code != 1, error
+        return f"accepted; {'alone' if alone else 'beside a sound one'} not merged: {type(error).__name__}"
+    for name, tensor in load_file(scratch / WEIGHTS).items():
+        assert torch.isfinite(tensor).all(), f"{name} of the result is not finite"
+    open_folder(scratch).close()
+    _harmless((scratch / "README.md").read_text(encoding="utf-8"))
+    judge_ledger((scratch / "aggregation.json").read_bytes())
+    judge_lock((scratch / "lora-merge.lock").read_bytes())
+    return "accepted and merged"
+
+
+def judge_ledger(text: bytes) -> str:
+    """Read a ledger; what is accepted is written as it was read, and drawn without harm."""
+    return _round_trip(text, Ledger, _drawn)
+
+
+def _drawn(ledger: Any) -> None:
+    local = is_local(ledger.base_model or "")
+    for place in (None, Place("org/global", has_lock=True, private_inputs=1)):
+        _harmless(global_card(ledger, task_type="CAUSAL_LM", base_is_local=local, place=place))
+    clients = [contribution.client_id for contribution in ledger.contributions]
+    assert len(set(clients)) == len(clients), "a client twice"
+    assert all(0 <= contribution.share <= 1 for contribution in ledger.contributions)
+
+
+def judge_lock(text: bytes) -> str:
+    """Read a lock; what is accepted is written as it was read, and differs in nothing from itself."""
+    return _round_trip(text, Lock, _same)
+
+
+def _same(lock: Any) -> None:
+    assert lock.differences(lock) == []
+    clients = [entry.client_id for entry in lock.inputs]
+    assert len(set(clients)) == len(clients), "a client twice"
+
+
+def _round_trip(text: bytes, kind: Any, look: Callable[[Any], None]) -> str:
+    try:
+        found = kind.from_json(parse_json(text, "file"))
+    except REFUSED:
+        return "refused"
+    written = found.to_json()
+    again = kind.from_json(parse_json(written.encode(), "file"))
+    assert again == found
+    assert again.to_json() == written
+    assert all(math.isfinite(number) for number in _numbers(dataclasses.asdict(found)))
+    look(found)
+    return "accepted"
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def _harmless(text: str) -> None:
+    """A card: no control or formatting character, and one front matter that YAML reads."""
+    import yaml
+
+    assert all(char == "\n" or char.isprintable() for char in text), "a control character in the card"
+    _, front, _ = text.split("---\n", 2)
+    assert isinstance(yaml.safe_load(front), dict)
+    assert "<script" not in text

@@ -1,0 +1,119 @@
+"""What is mutated: sound folders of many kinds, and the records of sound merges."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from lora_merge import aggregate
+from tests.adapters import CONFIG, KINDS, STATEMENT, WEIGHTS, federation
+from tests.fuzz import documents, likely, weights
+from tests.fuzz.judges import judge_folder, judge_ledger, judge_lock
+
+LEDGER, LOCK = "aggregation.json", "lora-merge.lock"
+COMMITS = ("1" * 40, "2" * 40, "3" * 40)
+OF_KINDS = (
+    "linear",
+    "rank and alpha patterns",
+    "Conv1D",
+    "embedding",
+    "convolutions",
+    "lora_bias",
+    "bias all",
+    "modules_to_save",
+    "tokens",
+    "experts",
+    "MultiheadAttention",
+    "DoRA",
+)
+FILES = (WEIGHTS, CONFIG, STATEMENT, LEDGER, LOCK)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mutant: of which file, and the seed that makes it."""
+
+    file: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, seed {self.seed}"
+
+
+def make_corpus(root: Path, kinds: Sequence[str] = OF_KINDS) -> Path:
+    """Write the sound files under `root`: a folder for each kind, with two clients and the records of their merges."""
+    for kind in KINDS:
+        if kind.name in kinds:
+            made = federation(kind, root / kind.name)
+            for method in ("exact", "svd"):
+                aggregate(made.clients, root / kind.name / method, method=method, base=made.base, workers=1)
+    return root
+
+
+class Corpus:
+    """The sound files in memory, and a folder for one mutant at a time."""
+
+    def __init__(self, root: Path, scratch: Path) -> None:
+        self.kinds = sorted(path for path in root.iterdir() if path.is_dir())
+        self.scratch, self.folder = scratch, scratch / "in" / "mutant"
+        self._loaded: dict[Path, bytes] = {}
+
+    def source(self, random: Random, case: Case) -> Path:
+        """The folder whose file is mutated: a client's, or a merge's."""
+        records = case.file in (LEDGER, LOCK)
+        return random.choice(self.kinds) / random.choice(["exact", "svd"] if records else ["client-0", "client-1"])
+
+    def mutant(self, case: Case) -> bytes:
+        """The mutant's bytes."""
+        random = Random(f"{case.file} {case.seed}")
+        data = self._read(self.source(random, case) / case.file)
+        if case.file == WEIGHTS:
+            return weights.mutant(random, data)
+        document = json.loads(data)
+        if case.file in (LEDGER, LOCK) and random.random() < 0.5:
+            document = _pinned(document)
+        return documents.mutant(random, document, LIKELY[case.file])
+
+    def judge(self, case: Case) -> str:
+        """How the mutant ended; raises whatever is not a documented refusal. A merge is left at `merged`."""
+        data = self.mutant(case)
+        if case.file == LEDGER:
+            return judge_ledger(data)
+        if case.file == LOCK:
+            return judge_lock(data)
+        random = Random(f"{case.file} {case.seed}")
+        source = self.source(random, case)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, CONFIG, STATEMENT):
+            (self.folder / name).write_bytes(data if name == case.file else self._read(source / name))
+        peer = source.with_name("client-1" if source.name == "client-0" else "client-0")
+        return judge_folder(random, self.folder, peer, self.merged)
+
+    @property
+    def merged(self) -> Path:
+        return self.scratch / "out"
+
+    def _read(self, path: Path) -> bytes:
+        if path not in self._loaded:
+            self._loaded[path] = path.read_bytes()
+        return self._loaded[path]
+
+
+LIKELY: Mapping[str, Mapping[str, Sequence[Any]]] = {
+    CONFIG: likely.CONFIG,
+    STATEMENT: likely.STATEMENT,
+    LEDGER: likely.LEDGER,
+    LOCK: likely.LOCK,
+}
+
+
+def _pinned(document: dict[str, Any]) -> dict[str, Any]:
+    """A record as of clients that came from the Hub, with a recipe."""
+    clients = document.get("contributions", document.get("inputs"))
+    for client, commit in zip(clients, COMMITS, strict=False):
+        client |= {"source": client["client_id"], "commit": commit}
+        if "recipe" in client:
+            client["recipe"] = {"name": "laptop", "digest": likely.HASH, "prompt_form": "plain", "overrides": {"r": 4}}
+    return document
