@@ -110,7 +110,7 @@ def accepted(
         candidates = _examined(rooms, sources, reading.pins, selection)
         weighed(candidates, weights, selection)  # may stop, before anything is downloaded
         try:
-            open_clients(opened, _fetched(rooms, candidates, reading, selection), candidates, selection)
+            open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
             sketched = {client: Sketched(folder) for client, folder in opened.items()} if screening else {}
             clients = _without_what_reading_finds(opened, sketched, candidates, selection)
             yield _accepted(
@@ -162,12 +162,18 @@ def _examined(
     refs = [_pinned(ref, pins) for ref in rooms.expand(sources)]
     if not refs:
         raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
+    found = candidates_of(rooms, refs, selection)
+    if not found:
+        raise UsageError("Every adapter is excluded.")
+    return found
+
+
+def candidates_of(rooms: Rooms, refs: Sequence[AdapterRef], selection: Selection) -> dict[str, Candidate]:
+    """The adapters at `refs` that may take part, by client id, sorted; refused where they are no federation."""
     candidates = rooms.examine(listed(refs, selection), selection.refuse)
     require_exclusions_used(refs, candidates, selection.screening.exclude)
     found = _agreeing(by_client_id(candidates, selection), selection)
     selection.require(len(found))
-    if not found:
-        raise UsageError("Every adapter is excluded.")
     return found
 
 
@@ -203,7 +209,7 @@ def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
     ]
 
 
-def _fetched(
+def fetched(
     rooms: Rooms, candidates: Mapping[str, Candidate], reading: Reading, selection: Selection
 ) -> dict[str, Path]:
     """The clients' folders on this machine."""

@@ -20,8 +20,17 @@ from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
+from lora_merge.measuring import findings
 from lora_merge.options import device_named, merge_settings, require_sound
-from lora_merge.provenance import contributions_of, ledger_of, lock_of, write_records
+from lora_merge.provenance import (
+    contributions_of,
+    ledger_of,
+    lock_of,
+    weights_hashes,
+    with_findings,
+    write_records,
+)
+from lora_merge.screening import Screening
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
 
@@ -54,6 +63,7 @@ def aggregate(
     force: bool = False,
     lock: str | Path | None = None,
     locked: bool = False,
+    screening: Screening | None = Screening(),
     max_wait: float = MAX_WAIT,
     tell: Tell = lambda line: None,
     progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None),
@@ -77,6 +87,8 @@ def aggregate(
         lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
             merge (the folder holds one in any case).
         locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
+        screening: whom to leave out, and what stops a merge of adapters of people whom one doesn't know; None where
+            nothing is to.
         max_wait: seconds that one call may wait for a busy Hub.
         tell: called with a line when such a wait begins.
         progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
@@ -99,29 +111,31 @@ def aggregate(
     check_free(output, force=force)
     lock_path = Path(lock) if lock is not None else output / LOCK_NAME
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
-    with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known))) as inputs:
+    with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
         federation = federation_of(inputs, global_lr, base, device_named(device))
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
             merged = None if locked else merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            contributions = contributions_of(inputs, federation.total, hashes)
-            record = lock_of(federation, inputs.clients, settings, weights, contributions)
+            contributions = contributions_of(inputs, federation, hashes)
+            record = lock_of(federation, inputs.clients, settings, inputs.weighting, contributions)
             if locked and known is not None:
                 require_unchanged(known, record)
             merges, measured = merged or merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            ledger = ledger_of(federation, record, contributions, measured, settings)
+            found = findings(inputs.sketched, weights_hashes(contributions), screening or Screening())
+            ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
             write_records(work, ledger, record, inputs.clients, merges)
             require_same_files(inputs.clients)
         if lock is not None and not locked:
             write_lock(record, lock_path)
-        return Aggregation(output, ledger, [*inputs.notes, *claim_warnings(inputs.clients), *rank_warnings(ledger)])
+        warnings = [*inputs.notes, *claim_warnings(inputs.clients), *found.warnings, *rank_warnings(ledger)]
+        return Aggregation(output, ledger, warnings)
 
 
 def merge_modules(
     federation: Federation, settings: Settings, path: Path, threads: ThreadPoolExecutor, progress: Progress
 ) -> tuple[list[Merge], list[Measured]]:
-    """Merge every module into the file `path`; raises `RefusedError` with all that is wrong with any client's tensors."""
+    """Merge every module into the file `path`; raises `RefusedError` with every tensor that is refused."""
     try:
         merges = merge.plan(federation, settings, threads)
         with progress("Merging", len(merges), "modules") as advance:

@@ -2,23 +2,23 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from lora_merge.aggregation.certificate import relative_error
 from lora_merge.aggregation.difference import SquaredError
-from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, Description
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, Description
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
 from lora_merge.intake import Accepted
@@ -27,12 +27,15 @@ from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock, LockedInput
+from lora_merge.measuring import Findings
 
 
-def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, str]]) -> list[Contribution]:
-    """What each client put in; `hashes` in the clients' order, `total` the sum of all weights."""
+def contributions_of(
+    inputs: Accepted, federation: Federation, hashes: Iterable[Mapping[str, str]]
+) -> list[Contribution]:
+    """What each client put in; `hashes` in the clients' order."""
     ranks = {client: ranks_of(folder) if inputs.weights[client] else {} for client, folder in inputs.clients.items()}
-    modules = {name for each in ranks.values() for name in each}
+    modules, total = federation.factor_specs, federation.total
     return [
         Contribution(
             client_id=client,
@@ -51,11 +54,16 @@ def contributions_of(inputs: Accepted, total: float, hashes: Iterable[dict[str, 
     ]
 
 
+def weights_hashes(contributions: Iterable[Contribution]) -> dict[str, str]:
+    """The sha256 of each client's weights file."""
+    return {each.client_id: each.sha256[WEIGHTS_NAME] for each in contributions}
+
+
 def lock_of(
     federation: Federation,
     clients: Mapping[str, Description],
     settings: Settings,
-    weights: Weights,
+    weighting: str,
     contributions: list[Contribution],
 ) -> Lock:
     """What a merge is made of; known before anything is merged."""
@@ -64,7 +72,7 @@ def lock_of(
         method=settings.method,
         options=asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed},
         global_lr=federation.alpha,
-        weighting=weights if isinstance(weights, str) else "given",
+        weighting=weighting,
         dtype=settings.dtype,
         base_model=agreed_base_model(clients),
         environment=environment(federation.device),
@@ -100,6 +108,17 @@ def ledger_of(
         device=str(federation.device),
         versions=lock.versions,
         parent=parent,
+    )
+
+
+def with_findings(ledger: Ledger, inputs: Accepted, found: Findings) -> Ledger:
+    """The record, with what screening left out, let in and measured."""
+    norms = {client: float(f"{norm:.6g}") for client, norm in found.norms.items() if math.isfinite(norm)}
+    return replace(
+        ledger,
+        contributions=[replace(each, norm=norms.get(each.client_id, each.norm)) for each in ledger.contributions],
+        left_out=inputs.left_out,
+        waved_through=[*inputs.waved_through, *found.waved_through],
     )
 
 

@@ -90,6 +90,17 @@ def remove_leftovers(output: Path) -> None:
             os.close(lock)
 
 
+@contextmanager
+def alone_beside(output: Path) -> Iterator[None]:
+    """Hold what every run takes for a moment before it writes beside `output`: no other run begins or ends here."""
+    parent = os.open(output.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(parent, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(parent)
+
+
 def _prefix(output: Path) -> str:
     return f".{output.name}.partial-"
 
