@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from lora_merge.adapter import Client, FactorsSpec
@@ -10,10 +11,50 @@ from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.safetensors_file import FileRefused
-from lora_merge.errors import Problem
-from lora_merge.screening import Copy, identical, nearly_identical
+from lora_merge.errors import Problem, RefusedError, one_line
+from lora_merge.screening import FEW_NORMS, WAYS_PAST_OUTLIERS, Copy, Screening, identical, nearly_identical, outliers
 
 PERHAPS_A_COPY = 0.99  # a sketched cosine; whether it is above the bound is then measured
+LONGEST_LINE = 500  # characters; a ledger takes short texts
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of the updates that were merged: norms by client id, what to warn of, what was let in."""
+
+    norms: Mapping[str, float]
+    warnings: Sequence[str] = ()
+    waved_through: Sequence[str] = ()
+
+
+def findings(
+    clients: Mapping[str, Sketched],
+    hashes: Mapping[str, str],
+    screening: Screening,
+    *,
+    before: Mapping[str, float] | None = None,
+    judge_norms: bool = True,
+) -> Findings:
+    """What reading the updates found out. Call it once they are read, before anything is put in its place.
+
+    Args:
+        clients: those that were screened; none where nothing is to be.
+        hashes: the sha256 of each weights file.
+        before: norms of clients that are in already.
+        judge_norms: whether a norm may stop the merge: not where the user has large ones scaled down.
+
+    Raises:
+        RefusedError: an update is far larger than the others.
+    """
+    sizes = norms(clients)
+    problems = outliers(sizes, before) if judge_norms else []
+    if problems and not screening.allow_outliers:
+        raise RefusedError(problems, hint=WAYS_PAST_OUTLIERS)
+    warnings = [f"{copy.client} {copy}. --drop-duplicates keeps the first." for copy in copies(clients, hashes)]
+    if judge_norms and len(clients) + len(before or {}) >= FEW_NORMS and (unknown := not_measured(clients)):
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        warnings.append(f"the norms leave out what has no size without the base model: {shown}.")
+    return Findings(sizes, warnings, [one_line(f"{each} (--allow-outliers)")[:LONGEST_LINE] for each in problems])
 
 
 def read_all(clients: Mapping[str, Sketched], threads: ThreadPoolExecutor) -> dict[str, list[Problem]]:
@@ -64,7 +105,7 @@ def _measured(
 
 
 def norms(clients: Mapping[str, Sketched]) -> dict[str, float]:
-    """The norm of each update, as far as it was measured."""
+    """The norm of each update that was read, as far as it can be measured."""
     return {client: norm for client, adapter in clients.items() if (norm := adapter.norm) is not None}
 
 

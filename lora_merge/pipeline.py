@@ -30,7 +30,7 @@ from lora_merge.provenance import (
     with_findings,
     write_records,
 )
-from lora_merge.screening import Screening
+from lora_merge.screening import SCREENED, Screening
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
 
@@ -63,7 +63,7 @@ def aggregate(
     force: bool = False,
     lock: str | Path | None = None,
     locked: bool = False,
-    screening: Screening | None = Screening(),
+    screening: Screening | None = SCREENED,
     max_wait: float = MAX_WAIT,
     tell: Tell = lambda line: None,
     progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None),
@@ -122,7 +122,7 @@ def aggregate(
             if locked and known is not None:
                 require_unchanged(known, record)
             merges, measured = merged or merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            found = findings(inputs.sketched, weights_hashes(contributions), screening or Screening())
+            found = findings(inputs.sketched, weights_hashes(contributions), screening or SCREENED)
             ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
             write_records(work, ledger, record, inputs.clients, merges)
             require_same_files(inputs.clients)

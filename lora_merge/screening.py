@@ -38,6 +38,9 @@ class Screening:
     skip_rejected: bool = False
 
 
+SCREENED = Screening()
+
+
 def cap_of(choice: str | float | None, counts: Sequence[float]) -> float | None:
     """The most examples that a client counts for; `5x` is five times the median of `counts`.
 
@@ -88,10 +91,15 @@ def _capped(counts: Mapping[str, float], choice: str) -> dict[str, float]:
     return {client: count if cap is None else min(count, cap) for client, count in counts.items()}
 
 
-def outliers(norms: Mapping[str, float]) -> list[Problem]:
-    """The clients whose update has a norm above five times the median; from three clients on."""
-    median = median_of(list(norms.values()))
-    if len(norms) < FEW_NORMS or not median:
+def outliers(norms: Mapping[str, float], before: Mapping[str, float] | None = None) -> list[Problem]:
+    """The clients whose update has a norm above five times the median; from three clients on.
+
+    Args:
+        before: norms of clients that are in already: they count for the median.
+    """
+    usual = {**(before or {}), **norms}
+    median = median_of(list(usual.values()))
+    if len(usual) < FEW_NORMS or not median:
         return []
     return [
         Problem(client, "update", f"has the norm {norm:.3g}: {norm / median:.3g} times the median of {median:.3g}")

@@ -88,6 +88,7 @@ def verify(
                 dtype=lock.dtype,
                 certificate="off",
                 workers=workers,
+                screening=None,
                 max_wait=reading.max_wait,
                 tell=reading.tell,
                 progress=reading.progress,
