@@ -13,7 +13,9 @@ from lora_merge.statement import Statement
 
 TAGS = ("lora", "lora-merge", "federated-learning")
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
+_MODEL = re.compile(f"{_NAME}(/{_NAME})?")  # some old ones have no owner
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def global_card(
     place: Place | None = None,
     results: Results | None = None,
 ) -> str:
-    """README.md of a merged adapter. A base model whose name is a path on somebody's machine is left out."""
+    """README.md of a merged adapter. A base model whose name is a path, or cannot be the Hub's, is left out."""
     place = place or Place()
     base = None if base_is_local else ledger.base_model
     body = ["# Global adapter", "", *_merge(ledger), "", *_contributions(ledger), ""]
@@ -108,7 +110,8 @@ def _card(
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    data: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    named = base is not None and _MODEL.fullmatch(base)  # the Hub takes nothing else, and it may be a stranger's text
+    data: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if named else {}
     data |= {"library_name": "peft", "tags": [*TAGS, tag]}
     if task_type == "CAUSAL_LM":
         data["pipeline_tag"] = "text-generation"

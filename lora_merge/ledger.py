@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -130,7 +131,11 @@ class Ledger:
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
             raise LedgerError("schema_version", f"must be {SCHEMA_VERSION}, is {str(version)[:40]}")
-        return _read(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
+        ledger = _read(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
+        clients = Counter(contribution.client_id for contribution in ledger.contributions)
+        if twice := [client for client, count in clients.items() if count > 1]:
+            raise LedgerError("contributions", f"name {twice[0]} twice")
+        return ledger
 
 
 def _error(part: Mapping[str, float]) -> str:
@@ -175,6 +180,30 @@ def _number(name: str, value: Any) -> float:
     return value
 
 
+def _positive(name: str, value: Any) -> float:
+    if (number := _number(name, value)) == 0:
+        raise LedgerError(name, "must be above 0")
+    return number
+
+
+def _share(name: str, value: Any) -> float:
+    if (number := _number(name, value)) > 1:
+        raise LedgerError(name, "must be a share, from 0 to 1")
+    return number
+
+
+def _measured(name: str, value: Any) -> dict[str, float]:
+    if "relative_error" not in _object(name, value):
+        raise LedgerError(name, "has no relative_error")
+    return _values(_number)(name, value)
+
+
+def _contributions(name: str, value: Any) -> list[Contribution]:
+    if not _list(name, value):
+        raise LedgerError(name, "must be a list of one or more")
+    return [_read(Contribution, f"{name}[{index}].", item) for index, item in enumerate(value)]
+
+
 def _count(name: str, value: Any) -> int:
     if type(value) is not int or value < 0:
         raise LedgerError(name, "must be a whole number from 0 up")
@@ -208,11 +237,11 @@ def _sha256(name: str, value: Any) -> str:
 _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "method": _text,
     "options": _object,
-    "global_lr": _number,
+    "global_lr": _positive,
     "weighting": _text,
-    "total_weight": _number,
+    "total_weight": _positive,
     "base_model": _or_null(_text),
-    "contributions": _items(lambda name, value: _read(Contribution, f"{name}.", value)),
+    "contributions": _contributions,
     "certificate": lambda name, value: _read(Certificate, f"{name}.", value),
     "forms": _values(_count),
     "ranks": _items(_count),
@@ -228,7 +257,7 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "source": _text,
     "commit": _or_null(_commit),
     "weight": _number,
-    "share": _number,
+    "share": _share,
     "num_examples": _or_null(_count),
     "sha256": _values(_sha256),
     "recipe": _or_null(_object),
@@ -237,8 +266,8 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "claims": _or_null(_object),
     # of the certificate
     "measured_by": _text,
-    "whole": _or_null(_values(_number)),
-    "modules": _values(_values(_number)),
+    "whole": _or_null(_measured),
+    "modules": _values(_measured),
     "not_measured": _items(_text),
-    "fedavg_would_miss": _or_null(_values(_number)),
+    "fedavg_would_miss": _or_null(_measured),
 }

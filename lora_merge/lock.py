@@ -7,6 +7,7 @@ Canonical JSON (sorted keys, no spaces, ASCII): the same merge gives the same lo
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -72,8 +73,12 @@ class Lock:
         inputs = data["inputs"]
         if not isinstance(inputs, list) or not inputs:
             raise LockError("inputs", "must be a list of one or more")
+        read = [_input(f"inputs[{number}]", entry) for number, entry in enumerate(inputs)]
+        clients = Counter(entry.client_id for entry in read)
+        if twice := [client for client, count in clients.items() if count > 1]:
+            raise LockError("inputs", f"name {twice[0]} twice")
         return cls(
-            inputs=[_input(f"inputs[{number}]", entry) for number, entry in enumerate(inputs)],
+            inputs=read,
             method=_text("method", data["method"]),
             options=_mapping("options", data["options"]),
             global_lr=_number("global_lr", data["global_lr"]),

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_merge.card import Result, Results
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import NotFoundError, UsageError, one_line
 
 
 def read_results(path: Path, *, kind: str, name: str | None) -> Results:
@@ -23,15 +24,16 @@ def read_results(path: Path, *, kind: str, name: str | None) -> Results:
         data = json.loads(path.read_text(encoding="utf-8"))
         models = [_result(entry) for entry in data["models"]]
         # A path is of this machine: of it, only the file's name is published.
-        source, rows = Path(_text(data["data"])).name if _is_path(data["data"]) else _text(data["data"]), data["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+        source = Path(_text(data["data"])).name if _is_path(data["data"]) else _text(data["data"])
+        rows = int(data["rows"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         hint = f"lora-merge evaluate … --json > {path}"
         raise UsageError(f"{path} is not what `lora-merge evaluate --json` prints.", hint=hint) from error
     own = [model for model in models if model.kind == kind and (name is None or model.name == name)]
     if len(own) != 1:
         wanted = f"{kind} model" + (f" called {name}" if name else "")
         raise UsageError(f"{path} has {len(own)} rows of a {wanted}; a card is about one.")
-    return Results(source, int(rows), models, own[0])
+    return Results(one_line(source), rows, models, own[0])
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
@@ -49,4 +51,4 @@ def _text(value: object) -> str:
 
 
 def _is_path(data: object) -> bool:
-    return isinstance(data, str) and (Path(data).exists() or data.count("/") != 1 or data.startswith(("/", ".", "~")))
+    return isinstance(data, str) and (os.path.exists(data) or data.count("/") != 1 or data.startswith(("/", ".", "~")))

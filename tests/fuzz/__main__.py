@@ -9,11 +9,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (offline, one thread)
-from tests.fuzz.branches import branches
+from tests.fuzz.branches import Branch, branches
 from tests.fuzz.peft import loads_in_peft
 from tests.fuzz.run import Report, begin, judged
 from tests.fuzz.subjects import FILES, Case, Corpus, make_corpus
@@ -24,7 +25,7 @@ PEFT_SAMPLE = 60
 
 def main() -> None:
     os.environ["MALLOC_ARENA_MAX"] = "1"  # each further one reserves 64 MB of addresses, which the limit counts
-    began = time.monotonic()
+    began, known = time.monotonic(), branches()
     with tempfile.TemporaryDirectory() as folder:
         root, scratch = Path(folder, "corpus"), Path(folder, "scratch")
         warnings.simplefilter("ignore")
@@ -36,7 +37,7 @@ def main() -> None:
         corpus = Corpus(root, scratch / "peft")
         sample = report.merged[:: max(1, len(report.merged) // (PEFT_SAMPLE * 3))]
         loaded = [loads_in_peft(corpus, case) for case in sample]
-    show(report)
+    show(report, known)
     print(f"loaded in PEFT: {loaded.count(True)} of the accepted; {loaded.count(None)} are of another base's shape")
     print(f"{time.monotonic() - began:.0f} s")
     sys.exit(bool(report.failed))
@@ -58,7 +59,7 @@ def fuzz(count: int, root: Path, scratch: Path) -> Report:
     return report
 
 
-def show(report: Report) -> None:
+def show(report: Report, known: Mapping[Branch, str]) -> None:
     """Print the counts."""
     for name in FILES:
         ended = {how: count for (file, how), count in report.ended.items() if file == name}
@@ -67,7 +68,6 @@ def show(report: Report) -> None:
         print(f"{name}: {total} mutants, {accepted / max(1, total):.0%} accepted")
         for how, count in sorted(ended.items(), key=lambda item: -item[1]):
             print(f"  {count:6} {how}")
-    known = branches()
     print(f"refusals: {sum(branch in report.met for branch in known)} of {len(known)} places in the source were met")
     for (file, line), text in sorted(known.items()):
         if (file, line) not in report.met:
