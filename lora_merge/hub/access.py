@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from lora_merge.errors import NotFoundError
 from lora_merge.hub.client import endpoint
@@ -75,12 +75,19 @@ def require_write(api: HfApi, repo: str) -> Account:
     return account
 
 
-def require_read(api: HfApi, repo: str) -> None:
-    """Raise unless the files of `repo` may be read; one call.
+def require_commit(api: HfApi, repo: str, revision: str, *, create_pr: bool) -> None:
+    """Raise unless the token may commit to `repo`, which is there: a contributor only may where he made it. One call.
+
+    It asks how a file would have to be sent, which changes nothing and is answered to those only who may send it.
 
     Raises:
-        NotFoundError: it is not there, private or gated; with the next command.
+        NotFoundError: the token may not write there; with the next command.
         NetworkError: the Hub cannot be reached.
     """
-    with asking(repo):
-        api.auth_check(repo)
+    try:
+        with asking(repo):
+            probe = CommitOperationAdd("README.md", b"-")
+            api.preupload_lfs_files(repo, [probe], revision=revision, create_pr=create_pr)
+    except NotFoundError as error:
+        hint = f"Ask {repo.partition('/')[0]} to let you write there, or propose a change with --create-pr."
+        raise NotFoundError(error.message, hint=error.hint if create_pr else hint) from error

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 
 from lora_merge import __version__
 from lora_merge.errors import NotFoundError, UsageError
-from lora_merge.hub.access import require_write, whoami
+from lora_merge.hub.access import require_commit, require_write, whoami
 from lora_merge.hub.client import Tell, hub_session
 from lora_merge.hub.failures import write_token
 from lora_merge.publish.commit import Published, publish
@@ -95,6 +95,7 @@ def require_access(target: Target, *, max_wait: float, tell: Tell) -> None:
         else:
             require_visibility(head, target)
             require_kind(tree(api, target.repo, head.commit), Content(()), target.repo)
+            require_commit(api, target.repo, target.revision, create_pr=target.create_pr)
 
 
 def require_repository_name(repo: str) -> None:
