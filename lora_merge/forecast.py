@@ -9,6 +9,8 @@ from lora_merge.adapter import FactorsSpec, FullSpec, Spec
 from lora_merge.aggregation.schedule import default_workers
 from lora_merge.aggregation.weights import Weights
 from lora_merge.intake import Reading, examined
+from lora_merge.ledger import LeftOut
+from lora_merge.screening import SCREENED, Screening
 
 FLOAT_BYTES = 4
 COPIES = 3  # a module's factors as they are read, as they are stacked, and as they are written or factorised
@@ -36,22 +38,37 @@ class ForecastClient:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A merge that has not begun. `memory` is in bytes, roughly, beside what Python and torch take themselves."""
+    """A merge that has not begun.
+
+    Attributes:
+        memory: bytes, roughly, beside what Python and torch take themselves.
+        left_out: what was named and would not be merged, and why.
+        waved_through: what would have stopped the merge, had the user not allowed it.
+    """
 
     clients: Sequence[ForecastClient]
     memory: int
     warnings: Sequence[str]
+    left_out: Sequence[LeftOut] = ()
+    waved_through: Sequence[str] = ()
 
 
 def forecast(
-    sources: Sequence[str | Path], *, weights: Weights = "examples", workers: int | None = None, reading: Reading
+    sources: Sequence[str | Path],
+    *,
+    weights: Weights = "examples",
+    workers: int | None = None,
+    reading: Reading,
+    screening: Screening | None = SCREENED,
 ) -> Forecast:
     """List, examine and weigh the adapters in `sources`; nothing is downloaded, nothing written.
+
+    No weights are read, so copies and updates far larger than the others show only when they are merged.
 
     Raises:
         NotFoundError, RefusedError, UsageError, NetworkError: as `lora_merge.pipeline.aggregate`.
     """
-    found = examined(sources, weights, reading)
+    found = examined(sources, weights, reading, screening)
     total = sum(found.weights.values())
     clients = [
         ForecastClient(
@@ -69,7 +86,8 @@ def forecast(
     ]
     specs = [candidate.description.specs for candidate in found.candidates.values()]
     largest = max(_bytes(each[name] for each in specs if name in each) for name in {n for each in specs for n in each})
-    return Forecast(clients, COPIES * largest * (workers or default_workers()), found.notes)
+    memory = COPIES * largest * (workers or default_workers())
+    return Forecast(clients, memory, found.notes, found.left_out, found.waved_through)
 
 
 def _bytes(specs: Iterable[Spec]) -> int:

@@ -21,6 +21,16 @@ from lora_merge.cli.push import (
     push_record,
     push_summary,
 )
+from lora_merge.cli.screening import (
+    AllowDominantOption,
+    AllowListOption,
+    AllowOutliersOption,
+    CapExamplesOption,
+    DropDuplicatesOption,
+    ExcludeOption,
+    SkipRejectedOption,
+    screening_of,
+)
 from lora_merge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 
     from lora_merge.forecast import Forecast, ForecastClient
     from lora_merge.pipeline import Aggregation
+    from lora_merge.screening import Screening
 
 
 def aggregate(
@@ -63,6 +74,13 @@ def aggregate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Modules merged at a time; the bytes stay the same.  [default: CPUs]")
     ] = None,
+    cap_examples: CapExamplesOption = None,
+    allow_dominant: AllowDominantOption = False,
+    allow_outliers: AllowOutliersOption = False,
+    allow_list: AllowListOption = None,
+    drop_duplicates: DropDuplicatesOption = False,
+    exclude: ExcludeOption = None,
+    skip_rejected: SkipRejectedOption = False,
     max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
@@ -89,8 +107,11 @@ def aggregate(
     with out.reporting(resume="Run the same command again: what is whole is not downloaded again."):
         chosen = _weights(weights, weight or [])
         named = list(_named(sources))
+        screening = screening_of(
+            cap_examples, allow_dominant, allow_outliers, allow_list, drop_duplicates, exclude, skip_rejected
+        )
         if dry_run:
-            _dry_run(out, named, chosen, workers, max_wait)
+            _dry_run(out, named, chosen, workers, max_wait, screening)
             return
         if output is None:
             raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge --help")
@@ -115,6 +136,7 @@ def aggregate(
             force=force,
             lock=lock,
             locked=locked,
+            screening=screening,
             max_wait=max_wait,
             tell=out.say,
             progress=out.progress,
@@ -139,11 +161,14 @@ def _named(sources: list[str]) -> Iterator[str]:
         yield from lines
 
 
-def _dry_run(out: Output, sources: list[str], weights: Any, workers: int | None, max_wait: float) -> None:
+def _dry_run(
+    out: Output, sources: list[str], weights: Any, workers: int | None, max_wait: float, screening: "Screening"
+) -> None:
     from lora_merge.forecast import forecast
     from lora_merge.intake import Reading
 
-    found = forecast(sources, weights=weights, workers=workers, reading=Reading(max_wait, out.say))
+    reading = Reading(max_wait, out.say)
+    found = forecast(sources, weights=weights, workers=workers, reading=reading, screening=screening)
     for warning in found.warnings:
         out.warn(warning)
     out.result(asdict(found), made="\n".join(_pin(c) for c in found.clients), show=lambda: _forecast_table(found))
@@ -202,11 +227,11 @@ def _weights_file(path: Path) -> dict[str, float]:
         raise NotFoundError(f"No such weights file: {path}.", hint=hint)
     try:
         if path.suffix == ".json":
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         else:
             import yaml
 
-            data = yaml.safe_load(path.read_text())
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except Exception as error:  # each parser has its own errors
         raise UsageError(f"{path} cannot be read as weights: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict) or not data:
@@ -235,6 +260,10 @@ def _rows(result: "Aggregation", seconds: float) -> Iterator[tuple[str, str]]:
     ledger = result.ledger
     yield "global adapter", f"{result.output}  ({seconds:.1f} s)"
     yield "clients", ", ".join(f"{c.client_id} ({c.share:.1%})" for c in ledger.contributions)
+    if ledger.left_out:
+        yield "left out", ", ".join(each.source for each in ledger.left_out)
+    for line in ledger.waved_through:
+        yield "let in", line
     yield "method", f"{ledger.method}, weights by {ledger.weighting}"
     yield "rank", ", ".join(map(str, ledger.ranks)) or "none"
     yield "certificate", ledger.certificate.sentence()
