@@ -20,13 +20,15 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("federation", "forecast", "verify"),
+    ("check", "federation", "forecast", "inspection", "verify"),
     ("pipeline",),
     ("evaluation", "locking", "provenance", "publish"),
     ("intake",),
-    ("agreement", "sources", "training"),
+    ("weighing",),
+    ("selection",),
+    ("agreement", "measuring", "sources", "training"),
     ("card", "checkpoint", "environment", "hub"),
-    ("aggregation", "ledger", "lock", "recipe"),
+    ("aggregation", "ledger", "lock", "recipe", "screening"),
     ("adapter", "errors", "recipe_form", "statement"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
