@@ -1,10 +1,39 @@
-"""What the bytes of a factorisation may depend on: the torch build, its BLAS, the CPU family, the device."""
+"""The device that a name means here, and what the bytes of a factorisation may depend on: torch, BLAS, CPU, device."""
 
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from lora_merge.errors import UsageError
+
+
+def device_kind(name: str, kinds: Sequence[str] = ("cpu", "cuda")) -> tuple[str, int]:
+    """`auto`, one of `kinds`, or `cuda:INDEX`, as its kind and its index.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    kind, colon, index = name.partition(":")
+    if kind not in ("auto", *kinds) or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise UsageError(f"--device must be {', '.join(('auto', *kinds))} or cuda:INDEX, is {name!r}.")
+    return kind, int(index or 0)
+
+
+def device_named(name: str) -> torch.device:
+    """The device that `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:INDEX` means here.
+
+    Raises:
+        UsageError: there is none.
+    """
+    kind, index = device_kind(name)
+    if kind == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise UsageError(f"There is no CUDA device {name} here.", hint="Use --device cpu.")
+    return torch.device(name)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -28,6 +57,6 @@ def _blas() -> str:
 def _cpu() -> str:
     """Vendor, family and model, as Linux names them: what a BLAS chooses its kernels by."""
     info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
+    text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     found = [re.search(rf"^{name}\s*:\s*(\S+)", text, re.MULTILINE) for name in ("vendor_id", "cpu family", "model")]
     return " ".join(match.group(1) for match in found if match) or platform.processor() or "unknown"

@@ -1,8 +1,6 @@
-"""What the user chose, checked: how to merge, and where the arithmetic runs."""
+"""What the user chose, checked: how to merge."""
 
 import math
-
-import torch
 
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.registry import Options, Rank
@@ -39,18 +37,3 @@ def require_sound(global_lr: float, workers: int | None) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def device_named(name: str) -> torch.device:
-    """The device that `name` (`auto` too) means here; raises `UsageError` where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:INDEX, is {name!r}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"There is no CUDA device {name} here.", hint="Use --device cpu.")
-    return device

@@ -15,13 +15,14 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
+from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
 from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
 from lora_merge.measuring import findings
-from lora_merge.options import device_named, merge_settings, require_sound
+from lora_merge.options import merge_settings, require_sound
 from lora_merge.provenance import (
     contributions_of,
     ledger_of,

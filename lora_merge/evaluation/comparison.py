@@ -11,10 +11,11 @@ import torch
 
 from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.environment import device_named
 from lora_merge.evaluation.answers import answer_nll, greedy_answer
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
-from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapters, pick_device
+from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapters
 from lora_merge.training.base_model import FoundBase, load_tokenizer, weights_sha256
 from lora_merge.training.data import read_rows
 
@@ -96,7 +97,7 @@ def compare(
         NetworkError: the base is not in the cache, and the Hub cannot be reached.
         UsageError: no row is short enough, or there is no such device.
     """
-    device = pick_device(question.device)
+    device = device_named(question.device)
     rows = read_rows(question.data)
     with open_adapters(question.adapters) as adapters:
         found = find_model(question.base, tell)

@@ -20,22 +20,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def pick_device(name: str) -> torch.device:
-    """The device named `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UsageError(f"--device {name}: must be auto, cpu, cuda or cuda:N.")
-    if kind == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch finds no such device here.", hint="--device auto")
-    return torch.device(name)
-
-
 def find_model(base: str, tell: Callable[[str], None]) -> FoundBase:
     """The base model in the folder `base`, else of that repository id: from the Hub, or the local cache.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from lora_merge.environment import device_kind
 from lora_merge.errors import UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.training.data import IGNORED, Encoded
@@ -91,11 +92,9 @@ def pick_device(name: str) -> str:
     Raises:
         UsageError: there is no such device.
     """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
-        raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps.")
+    kind, index = device_kind(name, ("cpu", "cuda", "mps"))
     if kind in ("auto", "cuda"):
-        _show_one_cuda_device(int(index or 0), name)
+        _show_one_cuda_device(index, name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise UsageError(f"--device {name}: torch finds no such device here.", hint="--device auto")

@@ -94,7 +94,7 @@ def test_an_override_is_in_the_statement(run: Run, tmp_path: Path) -> None:
     [
         (2, ["--set", "learning_rat=1"], {}, "did you mean learning_rate"),
         (2, [], {"client_id": "a b"}, "--client-id a b"),
-        (2, [], {"device": "tpu"}, "--device tpu"),
+        (2, [], {"device": "tpu"}, "--device must be auto, cpu, cuda, mps or cuda:INDEX, is 'tpu'"),
         (2, ["--frobnicate"], {}, "--frobnicate"),
         (4, [], {"recipe": "labtop"}, "did you mean laptop"),
         (4, [], {"data": "gone.jsonl"}, "gone.jsonl"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
-from lora_merge.evaluation.models import attach, find_model, open_adapter, pick_device
+from lora_merge.evaluation.models import attach, find_model, open_adapter
 from tests import models
 from tests.adapters import KINDS, Kind
 from tests.conftest import Federations
@@ -111,9 +111,3 @@ def test_a_base_that_is_nowhere_says_so(tmp_path: Path) -> None:
     assert "--base" in caught.value.hint
     with pytest.raises(UsageError, match="not a model"):
         find_model(str(tmp_path), print)
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:1", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=name):
-        pick_device(name)

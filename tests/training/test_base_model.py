@@ -55,7 +55,7 @@ def test_a_wrong_index_of_weights_is_refused(index: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "mps:0", ""])
 def test_an_unknown_device_is_refused(device: str) -> None:
-    with pytest.raises(UsageError, match="must be auto, cpu"):
+    with pytest.raises(UsageError, match="must be auto, cpu, cuda, mps or cuda:INDEX"):
         pick_device(device)
 
 
