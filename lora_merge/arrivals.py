@@ -1,0 +1,157 @@
+"""What sources bring to a global adapter: what it has already, what is new, what takes an old one's place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_merge.aggregation.weights import Weights
+from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.intake import Reading, candidates_of, fetched, open_clients
+from lora_merge.ledger import Contribution, Ledger
+from lora_merge.selection import Selection
+from lora_merge.sources.reference import AdapterRef, Candidate
+from lora_merge.sources.rooms import Rooms
+from lora_merge.weighing import Weighed, weighed
+
+Contributions = Mapping[str, Contribution]
+RULES = ("examples", "uniform", "given")
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """What the sources bring; all but `known` and `hashes` have the same keys.
+
+    Attributes:
+        new: the open folder of each update that is to come in, by client id, sorted.
+        candidates: where each came from, and what it says.
+        replaces: the client whose contribution each takes the place of, if any.
+        known: open folders of what is in already and lies at hand.
+        hashes: of each open folder's files.
+    """
+
+    new: Mapping[str, PeftFolder]
+    candidates: Mapping[str, Candidate]
+    replaces: Mapping[str, str]
+    known: Mapping[str, PeftFolder]
+    hashes: Mapping[str, Mapping[str, str]]
+
+
+@contextmanager
+def arriving(
+    rooms: Rooms, refs: Sequence[AdapterRef], kept: Contributions, reading: Reading, selection: Selection
+) -> Iterator[Arrivals]:
+    """Compare the adapters at `refs` with what a global adapter keeps; only what may be new is downloaded.
+
+    A repository at the commit that is in is not even looked at; without commits, the files' hashes decide.
+
+    Raises:
+        RefusedError: with every problem of every adapter, such as an id that is in from somewhere else.
+    """
+    at_commit = {(each.source, each.commit) for each in kept.values() if each.commit}
+    candidates = candidates_of(rooms, [ref for ref in refs if (ref.source, ref.commit) not in at_commit], selection)
+    before = {client: _same_source(client, candidate.ref, kept) for client, candidate in candidates.items()}
+    if problems := [p for client, c in candidates.items() for p in _claims(client, c.ref, before[client], kept)]:
+        raise RefusedError(problems)
+    opened: dict[str, PeftFolder] = {}
+    try:
+        open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
+        hashes = {client: folder.sha256() for client, folder in opened.items()}
+        known = {client for client in opened if (old := before[client]) and _is_same(client, old, hashes[client])}
+        yield Arrivals(
+            {client: folder for client, folder in opened.items() if client not in known},
+            {client: candidates[client] for client in opened if client not in known},
+            {client: old.client_id for client in opened if client not in known and (old := before[client])},
+            {client: folder for client, folder in opened.items() if client in known},
+            hashes,
+        )
+    finally:
+        for folder in opened.values():
+            folder.close()
+
+
+def withdrawn(names: Sequence[str], contributions: Contributions, place: str) -> set[str]:
+    """The clients that `names` name, by id or source.
+
+    Raises:
+        NotFoundError: a name is nobody's.
+    """
+    found = set()
+    for name in names:
+        clients = {client for client, each in contributions.items() if name in (client, each.source)}
+        if not clients:
+            shown = ", ".join(list(contributions)[:5]) + (", …" if len(contributions) > 5 else "")
+            raise NotFoundError(f"{name} is not in {place}, which holds {shown}.")
+        found |= clients
+    return found
+
+
+def weights_of_arrivals(
+    arrivals: Arrivals, weights: Weights | None, ledger: Ledger, kept: Contributions, selection: Selection
+) -> Weighed:
+    """The weight of each new client, by the rule that weighted those before; `weights` may name these too, as they are.
+
+    Raises:
+        UsageError: another rule, another weight for one that stays, or none for a new one.
+    """
+    rule = weights if weights is None or isinstance(weights, str) else "given"
+    if ledger.weighting not in RULES or rule not in (None, ledger.weighting):
+        raise UsageError(
+            f"The global adapter is weighted by {ledger.weighting}; its arrivals cannot be by {rule or 'that'}.",
+            hint="Leave --weights out, or merge all clients anew without --onto.",
+        )
+    if not arrivals.new:
+        return Weighed({}, ledger.weighting)
+    if weights is None or isinstance(weights, str):
+        if ledger.weighting == "given":
+            hint = " ".join(f"--weight {candidate.ref.source}=NUMBER" for candidate in arrivals.candidates.values())
+            raise UsageError("The global adapter's weights were given by hand; so must be its arrivals'.", hint=hint)
+        return weighed(arrivals.candidates, "uniform" if ledger.weighting == "uniform" else "examples", selection)
+    names = {name: each for each in kept.values() for name in (each.client_id, each.source)}
+    for name in weights.keys() & names.keys():
+        if weights[name] != names[name].weight:
+            raise UsageError(f"{name} is in with the weight {names[name].weight:g}, which stays as it is.")
+    return weighed(arrivals.candidates, {name: n for name, n in weights.items() if name not in names}, selection)
+
+
+def _same_source(client: str, ref: AdapterRef, kept: Contributions) -> Contribution | None:
+    """The contribution that came from where `ref` is.
+
+    A folder is known by a short name, which is as long as tells it from the others that it was given with.
+    """
+    same = [
+        each for each in kept.values() if (each.commit is None) == (ref.commit is None) and _ends_in(each.source, ref)
+    ]
+    return next((each for each in same if each.client_id == client), next(iter(same), None))
+
+
+def _ends_in(source: str, ref: AdapterRef) -> bool:
+    if source == ref.source or ref.commit or "://" in source or "://" in ref.source:
+        return source == ref.source
+    return source.endswith(f"/{ref.source}") or ref.source.endswith(f"/{source}")
+
+
+def _claims(client: str, ref: AdapterRef, before: Contribution | None, kept: Contributions) -> Iterator[Problem]:
+    holder = kept.get(client)
+    if holder and (before is None or before.client_id != client):
+        yield Problem(ref.source, "client_id", f"{client} is in already, from {holder.source}: nobody else replaces it")
+    elif before and before.client_id != client and ref.commit is None and "://" not in ref.source:
+        reason = f"{client}, where a folder of this name is in as {before.client_id}: rename the folder"
+        yield Problem(ref.source, "client_id", reason)
+
+
+def _is_same(client: str, old: Contribution, hashes: Mapping[str, str]) -> bool:
+    return client == old.client_id and old.commit is None and dict(old.sha256) == dict(hashes)
+
+
+def refs_of(
+    rooms: Rooms, sources: Sequence[str | Path], place: str, leave_out: Sequence[Contribution]
+) -> list[AdapterRef]:
+    """The adapters that the sources name, but the global adapter at `place` itself and what `leave_out` came from."""
+    return [
+        ref
+        for ref in (rooms.expand(sources) if sources else [])
+        if place not in (ref.place, str(Path(ref.place).resolve()))
+        and not any((each.commit is None) == (ref.commit is None) and _ends_in(each.source, ref) for each in leave_out)
+    ]

@@ -1,0 +1,134 @@
+"""What a fold changes in a global adapter, and the merge that makes it: of stored blocks, or of all files again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_merge.adapter import Client
+from lora_merge.aggregation.compatibility import shape_problems
+from lora_merge.agreement import claim_problems
+from lora_merge.arrivals import Arrivals
+from lora_merge.by_blocks import obstacle, stacked
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.peft_folder import Description, PeftFolder
+from lora_merge.errors import RefusedError, UsageError
+from lora_merge.global_adapter import GlobalAdapter
+from lora_merge.intake import Accepted, Reading, federation_of
+from lora_merge.kept import claims_of, packed, ranks_of, unpacked
+from lora_merge.ledger import Contribution
+from lora_merge.pinned import reopened
+from lora_merge.provenance import contributions_of
+from lora_merge.sources.rooms import Rooms
+
+
+@dataclass(frozen=True)
+class Change:
+    """A global adapter, and who is in it afterwards.
+
+    Attributes:
+        stay: the contributions that stay as they are, by client id.
+        weights: n of all afterwards, by client id, sorted.
+        withdrawn: who is taken out.
+    """
+
+    before: GlobalAdapter
+    stay: Mapping[str, Contribution]
+    arrivals: Arrivals
+    weights: Mapping[str, float]
+    withdrawn: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is merged.
+
+    Attributes:
+        clients: everybody's claims, by id, sorted.
+        stay: the contributions that stay, by what is known of them now.
+        again: why all files were read again; None where the global adapter itself did.
+    """
+
+    federation: Federation
+    clients: Mapping[str, Description]
+    stay: Mapping[str, Contribution]
+    again: str | None = None
+
+
+def change_of(before: GlobalAdapter, arrivals: Arrivals, weights: Mapping[str, float], withdrawn: set[str]) -> Change:
+    """The change that arrivals and withdrawals make.
+
+    Raises:
+        UsageError: it leaves nobody.
+    """
+    gone = withdrawn | set(arrivals.replaces.values())
+    stay = {client: each for client, each in before.contributions.items() if client not in gone}
+    n = {**{client: each.weight for client, each in stay.items()}, **weights}
+    if not any(n.values()):
+        raise UsageError(
+            f"That would leave nobody in {before.place}.", hint="Delete it instead, or bring somebody in at once."
+        )
+    return Change(before, stay, arrivals, dict(sorted(n.items())), sorted(withdrawn))
+
+
+@contextmanager
+def parts_of(
+    change: Change, rooms: Rooms, base: str | Path | None, device: torch.device, reading: Reading
+) -> Iterator[Parts]:
+    """What to merge for a change: stored blocks beside arrivals, or all clients' files, read again.
+
+    Raises:
+        NotFoundError: some client's files are needed, and are gone.
+        RefusedError: an arrival does not fit the others.
+    """
+    new = change.arrivals.new
+    clients = {client: new.get(client) or change.before.descriptions[client] for client in change.weights}
+    _refuse(clients, [Client(client, 1.0, folder) for client, folder in new.items()], change)
+    why = obstacle(change.before, new, change.weights)
+    if why is None:
+        federation = stacked(change.before, new, change.weights, device)
+        modules = ranks_of(change.before.folder)
+        ranks = {client: unpacked(each.block_ranks or {}, modules) for client, each in change.stay.items()}
+        yield Parts(federation, clients, _known(change.stay, ranks, federation))
+        return
+    with reopened(rooms, list(change.stay.values()), change.arrivals.known, reading, why) as files:
+        folders: dict[str, PeftFolder] = {client: new.get(client) or files[client] for client in change.weights}
+        _refuse(folders, [Client(client, 1.0, folder) for client, folder in folders.items()], None)
+        federation = federation_of(
+            Accepted(folders, {}, change.weights, ()), change.before.ledger.global_lr, base, device
+        )
+        ranks = {client: ranks_of(folders[client]) if each.weight else {} for client, each in change.stay.items()}
+        stay = {client: replace(each, claims=claims_of(folders[client])) for client, each in change.stay.items()}
+        yield Parts(federation, folders, _known(stay, ranks, federation), why)
+
+
+def contributions_after(change: Change, parts: Parts) -> list[Contribution]:
+    """What everybody put in, sorted by client id."""
+    arrivals, new = change.arrivals, list(change.arrivals.new)
+    refs = {client: candidate.ref for client, candidate in arrivals.candidates.items()}
+    inputs = Accepted(arrivals.new, refs, {client: change.weights[client] for client in new}, ())
+    added = contributions_of(inputs, parts.federation, [arrivals.hashes[client] for client in new])
+    found = {**parts.stay, **{each.client_id: each for each in added}}
+    return [found[client] for client in change.weights]
+
+
+def _known(
+    stay: Mapping[str, Contribution], ranks: Mapping[str, Mapping[str, int]], federation: Federation
+) -> dict[str, Contribution]:
+    """The contributions that stay, with their shares and ranks in the new whole."""
+    modules, total = federation.factor_specs, federation.total
+    return {
+        client: replace(each, share=each.weight / total, block_ranks=packed(ranks[client], modules))
+        for client, each in stay.items()
+    }
+
+
+def _refuse(clients: Mapping[str, Description], shapes: list[Client], change: Change | None) -> None:
+    """Raise `RefusedError` where these do not fit together, or with what is stored of the others."""
+    if change is not None and change.before.is_stacked:
+        stored = change.before.stacks.run(0, len(change.before.contributions))
+        shapes = [Client(change.before.place, 1.0, stored), *shapes]
+    if problems := [*claim_problems(clients), *shape_problems(shapes)]:
+        raise RefusedError(problems)
