@@ -33,7 +33,7 @@ def write_lock(lock: Lock, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with work.open("w") as file:
+        with work.open("w", encoding="ascii") as file:
             file.write(lock.to_json())
             file.flush()
             os.fsync(file.fileno())

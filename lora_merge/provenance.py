@@ -154,8 +154,9 @@ def write_records(
         m.name.removesuffix(TOKEN_SUFFIX): m.federation.tokens(m.name) for m in merges if isinstance(m, TokensMerge)
     }
     config = merged_config(configs, modules, tokens, whole) | {"base_model_name_or_path": ledger.base_model}
-    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    (work / LEDGER_NAME).write_text(ledger.to_json())
-    (work / LOCK_NAME).write_text(lock.to_json())
+    (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (work / LEDGER_NAME).write_text(ledger.to_json(), encoding="utf-8")
+    (work / LOCK_NAME).write_text(lock.to_json(), encoding="utf-8")
     local = ledger.base_model is not None and is_local(ledger.base_model)
-    (work / "README.md").write_text(global_card(ledger, task_type=config["task_type"], base_is_local=local))
+    card = global_card(ledger, task_type=config["task_type"], base_is_local=local)
+    (work / "README.md").write_text(card, encoding="utf-8")

@@ -132,7 +132,8 @@ def _base_model(value: object) -> BaseModel:
 
 def _recipe(value: object) -> RecipeRef:
     entries = _mapping("recipe", value)
-    if set(entries) - {"name", "digest", "prompt_form", "overrides"} or not {"name", "digest"} <= set(entries):
+    known = {"name", "digest", "prompt_form", "overrides"}
+    if set(entries) - known or entries.get("name") is None or entries.get("digest") is None:
         raise StatementError("recipe", "must hold name, digest, prompt_form and overrides")
     return RecipeRef(
         name=_text("recipe.name", entries["name"], _PLAIN) or "",
@@ -152,6 +153,8 @@ def _mapping(name: str, value: object) -> Mapping[str, Any]:
 
 def _strings(name: str, value: object) -> Mapping[str, str]:
     entries = _mapping(name, value)
+    if None in entries.values():
+        raise StatementError(name, "must hold texts")
     return {_text(name, key, _PLAIN) or "": _text(name, text, _PLAIN) or "" for key, text in entries.items()}
 
 

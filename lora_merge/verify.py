@@ -140,7 +140,7 @@ def _compared(target: str, published: Path, again: Path, lock: Lock) -> Verifica
 
 
 def _other_settings(published: Path, again: Path) -> list[str]:
-    first, second = (json.loads((folder / CONFIG_NAME).read_text()) for folder in (published, again))
+    first, second = (json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) for folder in (published, again))
     return [
         f"{CONFIG_NAME}: {name} is {str(first.get(name))[:80]}, made again {str(second.get(name))[:80]}"
         for name in sorted(first.keys() | second.keys())

@@ -62,6 +62,8 @@ def of_stack(module: Module, written: Factors) -> SquaredError:
         ZZ, EZ = YY + EY + EY.mT + EE, EY + EE  # Z = Y + E
         error += w * w * float((DD * ZZ + 2 * DX * EZ.mT + XX * EE).sum())
         norm += w * w * float((XX * YY).sum())
+    if not math.isfinite(error):  # numbers whose squares are beyond fp32
+        return from_factors(module, written)
     bias_error, bias_norm = bias_difference(written, terms)
     return SquaredError(error + bias_error, norm + bias_norm)
 

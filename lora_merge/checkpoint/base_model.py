@@ -156,7 +156,7 @@ def _model_type(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    kind = json.loads(path.read_text()).get("model_type")
+    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     return kind if isinstance(kind, str) else None
 
 

@@ -12,7 +12,7 @@ from lora_merge.cli.demo import demo
 from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
-from lora_merge.cli.output import SCHEMA_VERSION, Output
+from lora_merge.cli.output import SCHEMA_VERSION, Output, discard
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults
@@ -59,15 +59,31 @@ app.add_typer(recipes_app, name="recipes")
 def main() -> None:
     """The console script. A wrong command line is exit 2, as JSON where ``--json`` was asked for."""
     try:
-        code = app(standalone_mode=False)
+        code = _run()
+        sys.stdout.flush()
+    except OSError as error:  # of --help or --version, to a full disk or a closed pipe; commands see to it themselves
+        discard(sys.stdout)
+        code = 7
+        Output().warn(f"standard output cannot be written: {error.strerror}.")
+    except SystemExit as error:  # of a closed pipe, the parser and rich make an exit of 1, which here is a bug of ours
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        discard(sys.stdout)
+        code = 7
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        return int(app(standalone_mode=False) or 0)
     except Exception as error:
         # The parser's own errors carry `format_message`; a command reports its errors itself.
         if not hasattr(error, "format_message"):
             raise
-        code, message = 2, error.format_message()
+        message = error.format_message()
         if "--json" in sys.argv:
-            record = {"code": code, "message": message, "hint": "lora-merge --help"}
+            record = {"code": 2, "message": message, "hint": "lora-merge --help"}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
         elif message:  # a bare `lora-merge` printed its help already
             Output().usage_error(message)
-    sys.exit(code)
+        return 2

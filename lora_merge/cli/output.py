@@ -3,21 +3,23 @@
 Nothing that came from a file or a stranger reaches the terminal unless it went through `printable`.
 """
 
+import io
 import json
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from lora_merge.errors import LoraMergeError, RefusedError, one_line
+from lora_merge.errors import LoraMergeError, RefusedError, StorageError, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,6 +42,13 @@ def plain(text: object) -> Text:
     return Text(printable(text))
 
 
+def discard(stream: TextIO) -> None:
+    """Send what is left in a stream that cannot be written, and all that follows, to nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 @dataclass
 class Output:
     """Where one command's words go. Built from ``--json``, ``--quiet`` and ``--debug``."""
@@ -49,29 +58,34 @@ class Output:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show an é is no error
         # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
         self._stdout = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+        self._lost = False  # whether stdout could not be written
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def result(self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None) -> None:
         """Print the command's result: `data` under ``--json``, `made` alone under ``-q``, else what `show` draws."""
         if self.as_json:
-            print(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False))
+            self._write(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False) + "\n")
         elif self.quiet:
-            print(printable(made))
+            self._write(printable(made) + "\n")
         elif show is not None:
-            with self._stdout.capture() as capture:
-                self._stdout.print(show())
-            sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+            drawn = show()
+            with self._to_stdout(), self._stdout.capture() as capture:
+                self._stdout.print(drawn)
+            self._write("".join(line.rstrip() + "\n" for line in capture.get().split("\n")[:-1]))
 
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
         if not (self.quiet or self.as_json):
-            self._stderr.print(plain(text))
+            self._talk(plain(text))
 
     def warn(self, text: object) -> None:
         """A warning, to stderr, in every mode."""
-        self._stderr.print(Text("warning: ", style="yellow") + Text(one_line(text)))
+        self._talk(Text("warning: ", style="yellow") + Text(one_line(text)))
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
@@ -106,21 +120,46 @@ class Output:
 
     def usage_error(self, message: str) -> None:
         """Say that the command line itself is wrong."""
-        self._stderr.print(Text("error: ", style="bold red") + plain(message))
-        self._stderr.print(Text("hint: ", style="cyan") + plain("lora-merge --help"))
+        self._talk(Text("error: ", style="bold red") + plain(message))
+        self._talk(Text("hint: ", style="cyan") + plain("lora-merge --help"))
+
+    def _write(self, text: str) -> None:
+        with self._to_stdout():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    @contextmanager
+    def _to_stdout(self) -> Iterator[None]:
+        """A stdout that cannot be written is a `StorageError`, and discarded: the interpreter flushes it at its end."""
+        try:
+            yield
+        except OSError as error:
+            discard(sys.stdout)
+            self._lost = True
+            raise StorageError(f"The result could not be written to standard output: {error.strerror}.") from error
+
+    def _talk(self, text: Text) -> None:
+        try:
+            with self._stderr.capture() as capture:
+                self._stderr.print(text)
+            self._stderr.file.write(capture.get())
+            self._stderr.file.flush()
+        except OSError:  # nobody listens: no reason to stop the work
+            discard(sys.stderr)
 
     def _fail(self, code: int, message: str, hint: str, error: BaseException) -> None:
         if self.debug:
-            self._stderr.print(plain("".join(traceback.format_exception(error))))
-        if self.as_json:
+            self._talk(plain("".join(traceback.format_exception(error))))
+        if self.as_json and not self._lost:
             record: dict[str, Any] = {"code": code, "message": message, "hint": hint}
             if isinstance(error, RefusedError):
                 record["problems"] = [vars(problem) for problem in error.problems]
-            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
-        else:
-            self._stderr.print(Text("error: ", style="bold red") + plain(message))
-            if hint:
-                self._stderr.print(Text("hint: ", style="cyan") + Text(one_line(hint)))
+            with suppress(StorageError):
+                self._write(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2) + "\n")
+                raise typer.Exit(code)
+        self._talk(Text("error: ", style="bold red") + plain(message))
+        if hint:
+            self._talk(Text("hint: ", style="cyan") + Text(one_line(hint)))
         raise typer.Exit(code)
 
 

@@ -24,7 +24,7 @@ def load_defaults(context: typer.Context) -> None:
     if not path.is_file():
         return
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{FILE_NAME} is not valid TOML: {error}.") from error
     context.default_map = {name: _defaults(context, name, table) for name, table in tables.items()}

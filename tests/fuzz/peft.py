@@ -1,5 +1,6 @@
 """Whether PEFT loads what came of a mutant: the merged adapter, on the base of its kind, tensor by tensor."""
 
+import json
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -10,12 +11,12 @@ from safetensors.torch import load_file
 
 from lora_merge.adapter import FactorsSpec, Spec
 from lora_merge.checkpoint.peft_folder import open_folder
-from tests.adapters import KINDS, WEIGHTS
+from tests.adapters import CONFIG, KINDS, WEIGHTS
 from tests.fuzz.subjects import Case, Corpus
 
 
 def loads_in_peft(corpus: Corpus, case: Case) -> bool | None:
-    """Merge the mutant again and load the result; None where it is of other modules than the kind's base has."""
+    """Merge the mutant again and load the result; None where it is of other modules or another task than the kind's base has."""
     from random import Random
 
     from peft import PeftModel, get_peft_model_state_dict
@@ -23,7 +24,8 @@ def loads_in_peft(corpus: Corpus, case: Case) -> bool | None:
     if corpus.judge(case) != "accepted and merged":
         return None
     kind = corpus.source(Random(f"{case.file} {case.seed}"), case).parent
-    if not _shapes(corpus.merged).items() <= _shapes(kind / "exact").items():
+    task, sound = (json.loads((folder / CONFIG).read_text())["task_type"] for folder in (corpus.merged, kind / "exact"))
+    if task != sound or not _shapes(corpus.merged).items() <= _shapes(kind / "exact").items():
         return None
     base = next(each for each in KINDS if each.name == kind.name).build()
     with warnings.catch_warnings():

@@ -44,6 +44,10 @@ class Case:
 
 def make_corpus(root: Path, kinds: Sequence[str] = OF_KINDS) -> Path:
     """Write the sound files under `root`: a folder for each kind, with two clients and the records of their merges."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     for kind in KINDS:
         if kind.name in kinds:
             made = federation(kind, root / kind.name)
