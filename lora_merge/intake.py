@@ -57,6 +57,7 @@ class Accepted:
         left_out: who was named and is not here, and why.
         waved_through: what would have stopped the merge, had the user not allowed it.
         sketched: each one's updates, which are sketched as they are read; empty where nothing is screened.
+        refused: why those were that the merge goes on without.
     """
 
     clients: Mapping[str, PeftFolder]
@@ -67,6 +68,7 @@ class Accepted:
     left_out: Sequence[LeftOut] = ()
     waved_through: Sequence[str] = ()
     sketched: Mapping[str, Sketched] = field(default_factory=dict)
+    refused: Sequence[Problem] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _accepted(
         left_out=sorted(selection.left_out),
         waved_through=found.waved_through,
         sketched={client: sketched[client] for client in clients if client in sketched},
+        refused=sorted(set(selection.problems)),
     )
 
 

@@ -19,12 +19,13 @@ class Selection:
 
     Attributes:
         gone: every name that those who are left out go by.
+        problems: why the refused are.
     """
 
     screening: Screening
     left_out: list[LeftOut] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
-    _problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def leave_out(self, ref: AdapterRef, reason: str, client: str | None = None) -> None:
         """Name an adapter that is not merged, by the user's own choice."""
@@ -33,7 +34,7 @@ class Selection:
 
     def refuse(self, ref: AdapterRef, problems: Sequence[Problem], client: str | None = None) -> None:
         """Name an adapter that is not merged, since something is wrong with it."""
-        self._problems += problems
+        self.problems += problems
         reasons = "; ".join(f"{problem.field}: {problem.reason}" for problem in sorted(set(problems)))
         self.leave_out(ref, reasons, client)
 
@@ -44,9 +45,9 @@ class Selection:
 
     def require(self, remaining: int) -> None:
         """Raise `RefusedError` with all that was refused so far, unless others remain and may go on without them."""
-        if self._problems and not (self.screening.skip_rejected and remaining):
+        if self.problems and not (self.screening.skip_rejected and remaining):
             hint = "To merge the others without them: --skip-rejected." if remaining else ""
-            raise RefusedError(self._problems, hint=hint)
+            raise RefusedError(self.problems, hint=hint)
 
 
 def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]:

@@ -80,6 +80,13 @@ class Gram:
         along: Tensor = self.matrix @ p
         return (along * _inverse(self.norms) * _inverse(self.norm_of(p))).clamp(-1, 1)
 
+    @cached_property
+    def cosines_to_others(self) -> list[float]:
+        """cos(Delta_i, the weighted mean of all others); 0 where either is zero."""
+        m = len(self.clients)
+        others = self.p.repeat(m, 1) * (1 - torch.eye(m, dtype=torch.float64))  # row i: the weights without client i's
+        return [float(self.cosines_to(others[i])[i]) for i in range(m)]
+
     def norm_of(self, p: Tensor) -> Tensor:
         """|sum_i p_i Delta_i|."""
         return (p @ self.matrix @ p).clamp(min=0).sqrt()

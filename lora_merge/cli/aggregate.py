@@ -31,6 +31,7 @@ from lora_merge.cli.screening import (
     SkipRejectedOption,
     screening_of,
 )
+from lora_merge.cli.sizes import size_text
 from lora_merge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -187,16 +188,11 @@ def _forecast_table(found: "Forecast") -> "Table":
     for each in found.clients:
         examples = "" if each.num_examples is None else str(each.num_examples)
         row = (each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
-        table.add_row(*map(plain, row), _bytes(each.size), _bytes(each.to_download))
+        table.add_row(*map(plain, row), size_text(each.size), size_text(each.to_download))
     size, missing = (sum(numbers) for numbers in zip(*((c.size, c.to_download) for c in found.clients), strict=True))
-    table.add_row(f"{len(found.clients)} clients", *[""] * 5, _bytes(size), _bytes(missing))
-    table.add_row("memory", f"about {_bytes(found.memory)}")
+    table.add_row(f"{len(found.clients)} clients", *[""] * 5, size_text(size), size_text(missing))
+    table.add_row("memory", f"about {size_text(found.memory)}")
     return table
-
-
-def _bytes(count: float) -> str:
-    power = next((power for power in range(4) if count < 1000 ** (power + 1)), 4)
-    return f"{count / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _rank(rank: str | None) -> Any:

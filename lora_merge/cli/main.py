@@ -12,6 +12,7 @@ from lora_merge.cli.demo import demo
 from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
+from lora_merge.cli.inspect import inspect
 from lora_merge.cli.output import SCHEMA_VERSION, Output, discard
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
@@ -46,6 +47,7 @@ def lora_merge(
 
 
 app.command()(train)
+app.command()(inspect)
 app.command()(aggregate)
 app.command()(demo)
 app.command()(verify)

@@ -1,0 +1,59 @@
+"""What is odd about an adapter among others: why a merge would stop at it, and what is worth a look."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from lora_merge.aggregation.gram import Gram
+from lora_merge.checkpoint.peft_folder import Description
+from lora_merge.intake import Accepted
+from lora_merge.screening import dominant, identical, nearly_identical, outliers
+
+AWAY = -0.1  # a cosine below it is no coincidence between updates of so many numbers
+
+
+def num_examples(client: Description) -> int | None:
+    """The count that a client states, if any."""
+    return client.statement.num_examples if client.statement else None
+
+
+def reasons_to_stop(inputs: Accepted, found: Gram) -> dict[str, list[str]]:
+    """Why `aggregate` would stop, by client."""
+    counts = {client: num_examples(folder) for client, folder in inputs.clients.items()}
+    stated = {client: float(count) for client, count in counts.items() if count is not None}
+    problems = outliers(dict(zip(found.clients, found.norms.tolist(), strict=True)))
+    problems += dominant(stated) if len(stated) == len(counts) else []
+    return _by_client((problem.client, f"{problem.field} {problem.reason}") for problem in problems)
+
+
+def oddities(inputs: Accepted, found: Gram, hashes: Mapping[str, str]) -> dict[str, list[str]]:
+    """What else is odd, by client."""
+    return _by_client([*_copies(found, hashes), *_claims(inputs), *_away(found)])
+
+
+def _copies(found: Gram, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    same = identical(hashes)
+    rest = sorted(set(found.clients) - {copy.client for copy in same})
+    at = {client: index for index, client in enumerate(found.clients)}
+    pairs = {(one, two): float(found.cosines[at[one], at[two]]) for one in rest for two in rest if one < two}
+    yield from ((copy.client, str(copy)) for copy in [*same, *nearly_identical(rest, pairs)])
+
+
+def _claims(inputs: Accepted) -> Iterator[tuple[str, str]]:
+    for client, folder in inputs.clients.items():
+        ref = inputs.refs[client]
+        if ref.commit and ref.source != client:
+            yield client, f"comes from {ref.source}"
+        if num_examples(folder) is None:
+            yield client, "states no num_examples, so it has no weight of its own"
+
+
+def _away(found: Gram) -> Iterator[tuple[str, str]]:
+    for client, cosine in zip(found.clients, found.cosines_to_others, strict=True):
+        if cosine < AWAY:
+            yield client, f"points away from the others' mean (cosine {cosine:.2f})"
+
+
+def _by_client(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for client, text in items:
+        found.setdefault(client, []).append(text)
+    return found
