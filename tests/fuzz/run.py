@@ -91,13 +91,14 @@ def judge(corpus: Corpus, cases: Sequence[Case]) -> Report:
 
 def _one(corpus: Corpus, case: Case) -> tuple[str, float, int]:
     """How a mutant ended, its seconds, and the bytes that it took at most."""
+    data = corpus.mutant(case)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmRSS")
     signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, GIVEN_UP)
     began = time.monotonic()
     try:
-        how = corpus.judge(case)
+        how = corpus.judge(case, data)
     except Hang:
         how = f"FAILED: stopped after {GIVEN_UP:.0f} s"
     except Exception as error:

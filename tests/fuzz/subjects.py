@@ -80,9 +80,9 @@ class Corpus:
             document = _pinned(document)
         return documents.mutant(random, document, LIKELY[case.file])
 
-    def judge(self, case: Case) -> str:
+    def judge(self, case: Case, data: bytes | None = None) -> str:
         """How the mutant ended; raises whatever is not a documented refusal. A merge is left at `merged`."""
-        data = self.mutant(case)
+        data = self.mutant(case) if data is None else data
         if case.file == LEDGER:
             return judge_ledger(data)
         if case.file == LOCK:
