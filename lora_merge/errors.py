@@ -13,7 +13,8 @@ LoraMergeError              1  a bug of ours, when raised bare
 An error says what is wrong, in whose input, and (in ``hint``) what to do next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -26,13 +27,16 @@ def one_line(text: object) -> str:
 
 
 class LoraMergeError(Exception):
-    """The root. ``message`` says what and who; ``hint`` says what to do next, or is empty."""
+    """The root. ``message`` says what and who; ``hint`` says what to do next, or is empty.
+
+    A message is one line, whatever names it holds; ``more`` are further lines of it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, message: str, *, hint: str = "", more: Sequence[str] = ()) -> None:
+        self.message = "\n".join(map(one_line, (message, *more)))
+        super().__init__(self.message)
         self.hint = hint
 
 
@@ -82,7 +86,34 @@ class RefusedError(LoraMergeError):
         shown = [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
         if count > MAX_SHOWN:
             shown.append(f"  and {count - MAX_SHOWN} more (--json lists all of them)")
-        super().__init__("\n".join([lead, *shown]), hint=hint)
+        super().__init__(lead, hint=hint, more=shown)
+
+
+class Refusals:
+    """Collects refusals, so that whoever mends an input learns of all that is wrong with it at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._hints: dict[str, None] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Go on after a refusal, and remember it."""
+        try:
+            yield
+        except RefusedError as error:
+            self.problems += error.problems
+            self._hints |= {error.hint: None} if error.hint else {}
+
+    @property
+    def hint(self) -> str:
+        """What to do about them all."""
+        return " ".join(self._hints)
+
+    def require_none(self) -> None:
+        """Raise `RefusedError` with all that was noted."""
+        if self.problems:
+            raise RefusedError(self.problems, hint=self.hint)
 
 
 class NotFoundError(LoraMergeError):

@@ -1,6 +1,7 @@
 """`lora-merge`: the application, and the table of its commands."""
 
 import json
+import os
 import sys
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from lora_merge import __version__
 from lora_merge.cli.aggregate import aggregate
+from lora_merge.cli.check import check
 from lora_merge.cli.demo import demo
 from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
@@ -47,6 +49,7 @@ def lora_merge(
 
 
 app.command()(train)
+app.command()(check)
 app.command()(inspect)
 app.command()(aggregate)
 app.command()(demo)
@@ -60,6 +63,9 @@ app.add_typer(recipes_app, name="recipes")
 
 def main() -> None:
     """The console script. A wrong command line is exit 2, as JSON where ``--json`` was asked for."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: the next file to be opened must not get its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         code = _run()
         sys.stdout.flush()

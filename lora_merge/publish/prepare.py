@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lora_merge.agreement import is_local
 from lora_merge.card import Place, client_card, completed_card, global_card, private_inputs
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
-from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.errors import NotFoundError, Problem, Refusals, RefusedError
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Ledger, LedgerError
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -20,6 +21,7 @@ from lora_merge.publish.files import (
     CARD_NAME,
     PublishedFile,
     RecordFile,
+    WeightsFile,
     left_out,
     read_header,
     read_records,
@@ -62,19 +64,34 @@ def prepare(
     """
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder {folder}.", hint="lora-merge push DIR ORG/NAME")
-    adapter = _accepted(folder)
-    try:
-        records, weights = read_records(folder), list(weights_files(folder))
-        ledger = _ledger(folder, records)
-        _require_repository_as_base(adapter, ledger)
+    refusals = Refusals()
+    adapter: PeftFolder | None = None
+    ledger: Ledger | None = None
+    records: dict[str, bytes] = {}
+    weights: list[WeightsFile] = []
+    with ExitStack() as stack:
+        with refusals.noted():
+            adapter = stack.enter_context(closing(_accepted(folder)))
+        with refusals.noted():
+            records = read_records(folder)
+        with refusals.noted():
+            weights = list(weights_files(folder))
+        with refusals.noted():
+            ledger = _ledger(folder, records)
         pinned = sorted({entry.source for entry in ledger.contributions if entry.commit}) if ledger else []
         place = Place(repo, LOCK_NAME in records, count_private(pinned) if pinned else None)
-        records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
-        _require_no_secrets(folder, {**records, **{file.name: read_header(file.path) for file in weights}}, own or {})
-    finally:
-        adapter.close()
-    files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
-    return Prepared(files, left_out(folder), list(_warnings(adapter, ledger, place)))
+        if adapter is not None:
+            with refusals.noted():
+                _require_repository_as_base(adapter, ledger)
+            with refusals.noted():
+                records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
+        with refusals.noted():
+            texts = {**records, **{file.name: read_header(file.path) for file in weights}}
+            _require_no_secrets(folder, texts, own or {})
+        refusals.require_none()
+        assert adapter is not None
+        files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
+        return Prepared(files, left_out(folder), list(_warnings(adapter, ledger, place)))
 
 
 def _accepted(folder: Path) -> PeftFolder:

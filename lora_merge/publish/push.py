@@ -64,7 +64,7 @@ def push(
             folder,
             target.repo,
             evaluation=evaluation,
-            own=_own_secrets(),
+            own=own_secrets(),
             count_private=lambda repos: count_private(api, repos),
         )
         published = publish(
@@ -112,7 +112,7 @@ def require_access_with(api: HfApi, target: Target) -> None:
         raise NotFoundError(f"The token of {account.name} may only read.", hint=write_token())
 
 
-def _own_secrets() -> dict[str, str]:
+def own_secrets() -> dict[str, str]:
     """What is secret here whatever its form: this token, and this home folder."""
     home = str(Path.home())
     own = {"your Hub token": get_token() or "", "the path of your home folder": home if home.count("/") > 1 else ""}
