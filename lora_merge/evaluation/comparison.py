@@ -15,8 +15,9 @@ from lora_merge.environment import device_named
 from lora_merge.evaluation.answers import answer_nll, greedy_answer
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
-from lora_merge.evaluation.models import attach, find_model, is_global, load_base, open_adapters
-from lora_merge.training.base_model import FoundBase, load_tokenizer, weights_sha256
+from lora_merge.evaluation.models import attach, is_global, load_base, open_adapters
+from lora_merge.sources.base_models import FoundBase, find_model, weights_sha256
+from lora_merge.training.base_model import load_tokenizer
 from lora_merge.training.data import read_rows
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from lora_merge.checkpoint.folder import atomic_folder, check_free
-from lora_merge.evaluation.models import attach_in_place, find_model, load_base, open_adapters
+from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
+from lora_merge.sources.base_models import find_model
 from lora_merge.training.base_model import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,45 +13,12 @@ from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.writer import merged_config
-from lora_merge.errors import NetworkError, NotFoundError, Problem, RefusedError, UsageError
-from lora_merge.training.base_model import FoundBase, load_model, weight_files
+from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.sources.base_models import FoundBase
+from lora_merge.training.base_model import load_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-def find_model(base: str, tell: Callable[[str], None]) -> FoundBase:
-    """The base model in the folder `base`, else of that repository id: from the Hub, or the local cache.
-
-    Raises:
-        UsageError: the folder is not a model with safetensors weights.
-        NotFoundError: there is neither such a folder nor such a repository.
-        NetworkError: it is not in the cache, and the Hub cannot be reached.
-    """
-    folder = Path(base)
-    if not folder.is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        raise NotFoundError(f"--base {base}: there is no such folder.")
-    found = FoundBase(base, folder, None) if folder.is_dir() else _from_hub(base, tell)
-    if not (found.folder / "config.json").is_file():
-        raise UsageError(f"{found.folder} holds no config.json: it is not a model.")
-    weight_files(found.folder)
-    return found
-
-
-def _from_hub(repo: str, tell: Callable[[str], None]) -> FoundBase:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    hint = "Give the base model's folder: --base DIR"
-    tell(f"Base model {repo}")
-    try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise NotFoundError(f"--base {repo}: no such folder, and the Hub has no such model.", hint=hint) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise NetworkError(f"{repo} is not in the local cache, and the Hub cannot be reached.", hint=hint) from error
-    return FoundBase(repo, folder, folder.name)
 
 
 def load_base(found: FoundBase, dtype: str, device: torch.device) -> Any:

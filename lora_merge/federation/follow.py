@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.federation.contract import RECIPE_NAME, START_NAME, read_contract
-from lora_merge.federation.listing import fetched, listing
 from lora_merge.hub.client import Tell, hub_session
 from lora_merge.recipe import FEDERATION, LoadedRecipe
+from lora_merge.sources.listing import fetched, listing
 
 
 def follow(recipe: str, overrides: Sequence[str], *, max_wait: float, tell: Tell) -> LoadedRecipe:

@@ -8,24 +8,15 @@ from huggingface_hub import HfApi
 
 from lora_merge.errors import UsageError
 from lora_merge.federation.contract import FILES, Start, contract_files
-from lora_merge.federation.listing import fetched, listing
 from lora_merge.hub.client import Tell, hub_session
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.files import RecordFile
 from lora_merge.publish.push import require_access_with, require_repository_name
 from lora_merge.publish.repository import Content, Target
 from lora_merge.recipe import LoadedRecipe, Recipe, folder, load
-from lora_merge.training.base_model import (
-    INDEX_NAME,
-    FoundBase,
-    check_base,
-    find_base,
-    indexed,
-    skeleton,
-    unstarted_lora,
-    weights_digest,
-    weights_sha256,
-)
+from lora_merge.sources.base_models import INDEX_NAME, FoundBase, indexed, model_in, weights_digest, weights_sha256
+from lora_merge.sources.listing import fetched, listing
+from lora_merge.training.base_model import check_base, skeleton, unstarted_lora
 from lora_merge.training.lora_start import seeded_start
 
 
@@ -82,7 +73,7 @@ def _require_shipped(loaded: LoadedRecipe) -> None:
 def _base(api: HfApi, recipe: Recipe, base: Path | None) -> tuple[Recipe, FoundBase, str | None]:
     """The recipe with the base's commit pinned, a folder with the base's config, and the hash of its weights."""
     if base is not None:
-        found = find_base(recipe, base, lambda line: None)
+        found = model_in(base, recipe.base_model)
         return recipe, found, weights_sha256(found.folder)
     commit, files = listing(api, recipe.base_model, recipe.base_commit)
     if "config.json" not in files:

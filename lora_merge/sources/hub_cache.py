@@ -41,7 +41,7 @@ def cached_entries(repo: str, commit: str) -> dict[str, FileEntry]:
         for name in (CONFIG_NAME, WEIGHTS_NAME, STATEMENT_NAME)
         if name not in found and try_to_load_from_cache(repo, name, revision=commit) is None
     ]
-    entries = {name: _cached_entry(name, path) for name, path in found.items()}
+    entries = {name: cached_entry(name, path) for name, path in found.items()}
     if unsure or None in entries.values():
         raise NetworkError(
             f"{repo} at {commit[:12]} is not wholly in the cache ({', '.join(unsure) or 'its hashes'}), "
@@ -51,7 +51,7 @@ def cached_entries(repo: str, commit: str) -> dict[str, FileEntry]:
     return {name: entry for name, entry in entries.items() if entry is not None}
 
 
-def _cached_entry(name: str, path: Path) -> FileEntry | None:
+def cached_entry(name: str, path: Path) -> FileEntry | None:
     """A file by the name of its contents; None where the cache is one without links."""
     stored, size = path.resolve().name, path.stat().st_size
     if re.fullmatch(r"[0-9a-f]{64}", stored):

@@ -1,34 +1,14 @@
-"""The base model of a recipe: find its folder and commit, hash its weights, load it, put LoRA on it."""
+"""The base model of a recipe: find it, load it, put LoRA on it."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge.errors import NetworkError, NotFoundError, UsageError
+from lora_merge.errors import UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.recipe_form import ALL_LINEAR
-from lora_merge.statement import BaseModel
-
-# The files that a tokenizer and a model are made of; weights in pickles are never fetched.
-_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-INDEX_NAME = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class FoundBase:
-    """A base model at hand: its folder, and the commit where it came from the Hub (else None)."""
-
-    repo: str
-    folder: Path
-    commit: str | None
-
-    def statement(self) -> BaseModel:
-        """What the client states of its base: repository, commit, and the sha256 of the weights."""
-        return BaseModel(self.repo, self.commit, weights_sha256(self.folder))
+from lora_merge.sources.base_models import FoundBase, model_in, model_of
 
 
 def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) -> FoundBase:
@@ -37,62 +17,11 @@ def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) 
     Raises:
         NotFoundError: no such folder, repository or commit.
         NetworkError: it is not in the cache, and the Hub cannot be reached.
-        UsageError: the folder is not a model with safetensors weights.
+        UsageError: it is not a model with safetensors weights.
     """
     if folder is not None:
-        if not folder.is_dir():
-            raise NotFoundError(f"--base {folder}: there is no such folder.")
-        found = FoundBase(recipe.base_model, folder, None)
-    else:
-        snapshot = _snapshot(recipe, tell)
-        found = FoundBase(recipe.base_model, snapshot, snapshot.name)
-    if not (found.folder / "config.json").is_file():
-        raise UsageError(f"{found.folder} holds no config.json: it is not a model.")
-    weight_files(found.folder)
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a model folder's weights, sorted: those of its index, or the only one.
-
-    Raises:
-        UsageError: there are none, or some are missing.
-    """
-    names = {"model.safetensors"}
-    if (folder / INDEX_NAME).is_file():
-        names = indexed(folder / INDEX_NAME)
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise UsageError(f"{folder}: the weights lack {', '.join(missing)[:200]}; only safetensors are read.")
-    return [folder / name for name in sorted(names)]
-
-
-def indexed(index: Path) -> set[str]:
-    """The weight files that an index names; raises `UsageError` where it is none."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index} is not an index of weights.") from error
-    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise UsageError(f"{index}: the index names files outside its folder, or none.")
-    return names
-
-
-def weights_sha256(folder: Path) -> str:
-    """One sha256 for a model folder's weights: of the lines `NAME SHA256`, one a file, sorted by name.
-
-    The files are those of `weight_files`, so a folder and the Hub's repository agree whatever else they hold.
-    """
-    hashes = {}
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return weights_digest(hashes)
-
-
-def weights_digest(hashes: Mapping[str, str]) -> str:
-    """What `weights_sha256` says of files with these sha256, by name."""
-    lines = [f"{name} {sha256}\n" for name, sha256 in sorted(hashes.items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return model_in(folder, recipe.base_model)
+    return model_of(recipe.base_model, recipe.base_commit, tell)
 
 
 def check_base(base: FoundBase, recipe: Recipe) -> None:
@@ -193,30 +122,3 @@ def unstarted_lora(model: Any, recipe: Recipe) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
     return get_peft_model(model, config)
-
-
-def _snapshot(recipe: Recipe, tell: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    hint = "Give the weights from a folder: --base DIR"
-    where = f"{recipe.base_model}" + (f" at {recipe.base_commit}" if recipe.base_commit else "")
-    tell(f"Base model {where}")
-    try:
-        return Path(
-            snapshot_download(
-                recipe.base_model, revision=recipe.base_commit, allow_patterns=_WANTED, ignore_patterns=["*/*"]
-            )
-        )
-    except GatedRepoError as error:
-        raise NotFoundError(f"{where} asks for an agreement on its page first, or for a token.", hint=hint) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise NotFoundError(f"The Hub has no {where}, or it is private.", hint=hint) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise NetworkError(f"{where} is not in the local cache, and the Hub cannot be reached.", hint=hint) from error

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
-from lora_merge.evaluation.models import attach, find_model, open_adapter
+from lora_merge.evaluation.models import attach, open_adapter
+from lora_merge.sources.base_models import find_model
 from tests import models
 from tests.adapters import KINDS, Kind
 from tests.conftest import Federations

@@ -1,9 +1,8 @@
 """kill -9 at each step of a pull and its merge; then the same command again gives the same bytes and leaves no litter.
 
 A step is a file opened for writing, a rename, a link, a removal, a lock, and before and after each fsync and request;
-and, by strace, every system call that writes, makes durable, names or sends, of Xet's own threads too (of the writes
-over Xet, most of which only wake a thread, every fourth). All of them: `python -m tests.sources.crash`, which prints
-its counts. The test takes a sample.
+and, by strace, every system call that writes, makes durable, names or sends, of Xet's own threads too. All of them:
+`python -m tests.sources.crash`, which prints its counts. The test takes a sample.
 """
 
 import os
@@ -110,7 +109,7 @@ def main() -> None:
             at = 1
             while die(made, xet, at, calls):
                 ended[f"{'Xet' if xet else 'LFS'} {calls or 'step'}"] += 1
-                at += 4 if xet and calls == "write" else 1
+                at += 1
             print(dict(ended), flush=True)
     print(f"{ended.total()} kills, each made good by the same command: {dict(ended)}")
     sys.exit(not ended)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_merge.errors import UsageError
-from lora_merge.training.base_model import weight_files, weights_sha256
+from lora_merge.sources.base_models import weight_files, weights_sha256
 from lora_merge.training.fit import pick_device, sound_dtype
 
 

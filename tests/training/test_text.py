@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.recipe import folder, load
+from lora_merge.sources.base_models import FoundBase, weights_sha256
 from lora_merge.statement import Statement
-from lora_merge.training.base_model import FoundBase, add_lora, load_model, weights_sha256
+from lora_merge.training.base_model import add_lora, load_model
 from lora_merge.training.client import Trained
 from lora_merge.training.fit import client_seed
 from lora_merge.training.job import Job, Step, last_checkpoint

@@ -1,16 +1,18 @@
 """A repository's files as the Hub lists them at one commit, and one of the small ones, to the bit."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
 from lora_merge.checkpoint.peft_folder import FolderRefused
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.errors import NetworkError, Problem, RefusedError
 from lora_merge.hub.failures import asking
 from lora_merge.sources.hub_cache import fetch_file
 from lora_merge.sources.reference import FileEntry
 
 MAX_BYTES = 1 << 24
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def listing(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, FileEntry]]:
@@ -26,7 +28,10 @@ def listing(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str,
             )
             for each in info.siblings or []
         }
-        return str(info.sha), files
+        commit = str(info.sha)
+    if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision or "") and commit != revision):
+        raise NetworkError(f"{repo}: the Hub answers with the commit {commit[:60]!r}.")
+    return commit, files
 
 
 def fetched(repo: str, commit: str, file: FileEntry) -> Path:
