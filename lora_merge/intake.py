@@ -292,8 +292,13 @@ def _without_what_reading_finds(
     return clients
 
 
-def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device) -> Federation:
+def federation_of(
+    inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device, *, to_measure: bool = False
+) -> Federation:
     """The accepted clients with their weights, and the base model's tensors where the mean needs them.
+
+    Args:
+        to_measure: read the base also where only the size of an update depends on it.
 
     Raises:
         MissingBaseError: the mean needs base tensors that are not at hand.
@@ -305,7 +310,7 @@ def federation_of(inputs: Accepted, alpha: float, base: str | Path | None, devic
     total = sum(inputs.weights.values())
     conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
     without = Federation(clients, total, alpha, None, conv1d, device)
-    needed = without.needed_base_tensors()
+    needed = without.needed_base_tensors(to_measure=to_measure)
     model = _base_model(folders, base, needed)
     if model is not None and (missing := [name for name in needed if not model.has(name)]):
         raise NotFoundError(
@@ -325,5 +330,5 @@ def _base_model(folders: Mapping[str, PeftFolder], base: str | Path | None, need
         name = agreed_base_model(folders)
         return open_base(name or "", commit=commits.pop() if len(commits) == 1 else None)
     except NotFoundError as error:
-        why = "A client lacks a tensor, trained DoRA, or --global-lr is not 1, so the mean depends on the base"
+        why = "A client trained whole tensors or DoRA; their mean, or a rule that measures updates, needs the base"
         raise MissingBaseError(needed, why=why) from error

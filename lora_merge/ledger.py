@@ -35,6 +35,8 @@ class Contribution:
         sha256: the hash of each file that was read.
         norm: of its update (Frobenius, what of it could be measured), as screening found it; None where it did not.
         block_ranks: of its block in each low-rank module; `*` means every module that is not named, 0 an absent one.
+        clipped_to: what clipping multiplied its update by; None where it did not touch it.
+        merged_share: the share that a robust rule gave it, clipping included; None where no rule weighed.
         claims: what its config and statement say, as far as a later merge depends on it (`lora_merge.kept`).
     """
 
@@ -49,6 +51,8 @@ class Contribution:
     norm: float | None = None
     block_ranks: Mapping[str, int] | None = None
     claims: Mapping[str, Any] | None = None
+    clipped_to: float | None = None
+    merged_share: float | None = None
 
 
 @dataclass(frozen=True, order=True)
@@ -97,6 +101,8 @@ class Ledger:
     Attributes:
         parent: the global adapter that arrivals were folded onto: ORG/NAME@COMMIT, or the sha256 of its weights.
         left_out: what was named and not merged.
+        clip_norm: the largest norm that clipping let through; None without it.
+        from_mean: how far what was aimed at is from the weighted mean, relative to that; None where it is that mean.
         waved_through: what would have stopped the merge, had the user not allowed it.
     """
 
@@ -116,6 +122,21 @@ class Ledger:
     parent: str | None = None
     left_out: Sequence[LeftOut] = ()
     waved_through: Sequence[str] = ()
+    clip_norm: float | None = None
+    from_mean: Mapping[str, float] | None = None
+
+    @property
+    def aim(self) -> str:
+        """What the certificate measures the distance from, in words."""
+        rule = self.options.get("robust")
+        updates = "the clients' updates" if self.clip_norm is None else "the clipped updates of the clients"
+        if rule in ("median", "trimmed-mean"):
+            return f"the {'median' if rule == 'median' else 'trimmed mean'} of {updates}, entry by entry"
+        if rule:
+            return f"the mean of {updates} by the weights of {rule}"
+        if self.method in ("ties", "dare"):
+            return f"what {self.method} makes of {updates}"
+        return f"the weighted mean of {updates}"
 
     def to_json(self) -> str:
         """The file's text, ending in a newline."""
@@ -249,6 +270,8 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "device": _text,
     "versions": _values(_text),
     "parent": _or_null(_text),
+    "clip_norm": _or_null(_number),
+    "from_mean": _or_null(_values(_number)),
     "left_out": _items(lambda name, value: _read(LeftOut, f"{name}.", value)),
     "waved_through": _items(_text),
     "reason": _text,
@@ -261,6 +284,8 @@ _FORMS: dict[str, Callable[[str, Any], Any]] = {
     "num_examples": _or_null(_count),
     "sha256": _values(_sha256),
     "recipe": _or_null(_object),
+    "clipped_to": _or_null(_number),
+    "merged_share": _or_null(_number),
     "norm": _or_null(_number),
     "block_ranks": _or_null(_values(_count)),
     "claims": _or_null(_object),

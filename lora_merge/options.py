@@ -4,12 +4,19 @@ import math
 
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.registry import Options, Rank
+from lora_merge.aggregation.sparsifying import DENSITY
 from lora_merge.checkpoint.merge import DTYPES, CertificateMode, Settings
 from lora_merge.errors import UsageError
 
 
 def merge_settings(
-    method: str, rank: Rank | None, energy: float | None, dtype: str, certificate: CertificateMode | None
+    method: str,
+    rank: Rank | None,
+    energy: float | None,
+    dtype: str,
+    certificate: CertificateMode | None,
+    density: float | None = None,
+    seed: int | None = None,
 ) -> Settings:
     """The settings of a merge; raises `UsageError` where an option is wrong, or of another method."""
     for name, value, choices in (("method", method, METHODS), ("dtype", dtype, DTYPES)):
@@ -17,13 +24,21 @@ def merge_settings(
             raise UsageError(f"--{name} must be one of {', '.join(choices)}, is {value!r}.")
     if certificate not in (None, "exact", "probes", "off"):
         raise UsageError(f"--certificate must be exact, probes or off, is {certificate!r}.")
-    if method != "svd" and (rank is not None or energy is not None):
-        raise UsageError("--rank and --energy are of --method svd.", hint="Add --method svd.")
+    if "rank" not in METHODS[method].heeds and (rank is not None or energy is not None):
+        raise UsageError("--rank and --energy are of --method svd, ties and dare.", hint="Add --method svd.")
+    if "density" not in METHODS[method].heeds and density is not None:
+        raise UsageError("--density is of --method ties and dare.")
+    if density is not None and not (_is_number(density) and 0 < density <= 1):
+        raise UsageError(f"--density must be a share above 0 and up to 1, is {density!r}.")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 32):
+        raise UsageError(f"--seed must be a whole number from 0 to {(1 << 32) - 1}, is {seed!r}.")
     if energy is not None and (rank not in (None, "auto") or not _is_number(energy) or not 0 < energy <= 1):
         raise UsageError("--energy is a share above 0 and up to 1, for --rank auto only.")
     if rank not in (None, "auto", "lossless") and not (type(rank) is int and rank >= 1):
         raise UsageError(f"--rank must be a number from 1 up, auto or lossless, is {rank!r}.")
-    options = Options(rank=rank or "auto", energy=Options.energy if energy is None else energy)
+    options = Options(
+        rank or "auto", Options.energy if energy is None else energy, seed or 0, density or DENSITY.get(method)
+    )
     return Settings(method, options, dtype, certificate)
 
 

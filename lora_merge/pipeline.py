@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_merge.aggregation.registry import Rank
+from lora_merge.aggregation.robust import Robust
 from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
@@ -15,6 +17,7 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
+from lora_merge.defence import Defended, defended, require_rule, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
 from lora_merge.intake import Reading, accepted, federation_of
@@ -36,6 +39,7 @@ from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
 
 RANK_THAT_SERVERS_TAKE = 512
+PLAIN = Robust()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ def aggregate(
     method: str = "exact",
     rank: Rank | None = None,
     energy: float | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+    robust: Robust = PLAIN,
     weights: Weights = "examples",
     global_lr: float = 1.0,
     base: str | Path | None = None,
@@ -75,8 +82,11 @@ def aggregate(
         sources: folders and globs of them; `org/name` and `org/pattern-*` on the Hub, with `@revision` or without;
             `hf://…`, collections, and URLs that fsspec knows.
         method: a name in `lora_merge.aggregation.methods.METHODS`.
-        rank: of `svd`: a number, `auto` (the default) or `lossless`.
+        rank: of `svd`, `ties` and `dare`: a number, `auto` (the default) or `lossless`.
         energy: of `auto`: the share of the squared norm to keep, 0.99 by default.
+        density: of `ties` and `dare`: the share of each update's entries that they keep.
+        seed: of all that is random; 0 by default.
+        robust: what bounds the influence of hostile clients; nothing by default.
         weights: `examples`, `uniform`, or a number for every client by its id or source.
         global_lr: alpha, the factor on the mean update.
         base: the base model's folder or cached repository id; read only where the answer needs it.
@@ -107,30 +117,47 @@ def aggregate(
         >>> aggregate(["client-1", "client-2"], "global", weights="uniform")  # doctest: +SKIP
     """
     output = Path(output)
-    settings = merge_settings(method, rank, energy, dtype, certificate)
+    settings = merge_settings(method, rank, energy, dtype, certificate, density, seed)
+    require_rule(robust, method)
     require_sound(global_lr, workers)
     check_free(output, force=force)
     lock_path = Path(lock) if lock is not None else output / LOCK_NAME
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
-        federation = federation_of(inputs, global_lr, base, device_named(device))
+        federation = federation_of(inputs, global_lr, base, device_named(device), to_measure=robust.weighs)
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
-            merged = None if locked else merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
+            run = partial(merge_defended, federation, settings, robust, work / WEIGHTS_NAME, threads, progress)
+            merged = None if locked else run()
             contributions = contributions_of(inputs, federation, hashes)
-            record = lock_of(federation, inputs.clients, settings, inputs.weighting, contributions)
+            record = lock_of(federation, inputs.clients, settings, inputs.weighting, contributions, robust)
             if locked and known is not None:
                 require_unchanged(known, record)
-            merges, measured = merged or merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
-            found = findings(inputs.sketched, weights_hashes(contributions), screening or SCREENED)
+            defence, merges, measured = merged or run()
+            sha256, judge = weights_hashes(contributions), not robust.defends
+            found = findings(inputs.sketched, sha256, screening or SCREENED, judge_norms=judge)
             ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
+            ledger = with_defence(ledger, defence, measured)
             write_records(work, ledger, record, inputs.clients, merges)
             require_same_files(inputs.clients)
         if lock is not None and not locked:
             write_lock(record, lock_path)
         warnings = [*inputs.notes, *claim_warnings(inputs.clients), *found.warnings, *rank_warnings(ledger)]
         return Aggregation(output, ledger, warnings)
+
+
+def merge_defended(
+    federation: Federation,
+    settings: Settings,
+    robust: Robust,
+    path: Path,
+    threads: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[Defended, list[Merge], list[Measured]]:
+    """Weigh the clients by the robust rule, if there is one, and merge every module into the file `path`."""
+    defence = defended(federation, settings, robust, threads, progress)
+    return defence, *merge_modules(defence.federation, defence.settings, path, threads, progress)
 
 
 def merge_modules(

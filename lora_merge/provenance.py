@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_merge.aggregation.certificate import relative_error
 from lora_merge.aggregation.difference import SquaredError
+from lora_merge.aggregation.methods import METHODS
+from lora_merge.aggregation.robust import Robust
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
@@ -65,12 +68,13 @@ def lock_of(
     settings: Settings,
     weighting: str,
     contributions: list[Contribution],
+    robust: Robust | None = None,
 ) -> Lock:
     """What a merge is made of; known before anything is merged."""
     return Lock(
         inputs=[LockedInput(c.client_id, c.source, c.commit, dict(c.sha256), c.weight) for c in contributions],
         method=settings.method,
-        options=asdict(settings.options) if settings.method == "svd" else {"seed": settings.options.seed},
+        options=_options(settings) | (robust or Robust()).to_json(),
         global_lr=federation.alpha,
         weighting=weighting,
         dtype=settings.dtype,
@@ -82,6 +86,13 @@ def lock_of(
             "python": platform.python_version(),
         },
     )
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """What of the options matters to the method; the seed always, since probes have it too."""
+    chosen = asdict(settings.options)
+    heeded = METHODS[settings.method].heeds | {"seed"}
+    return {name: value for name, value in chosen.items() if name in heeded and value is not None}
 
 
 def ledger_of(
@@ -147,7 +158,8 @@ def write_records(
     work: Path, ledger: Ledger, lock: Lock, clients: Mapping[str, Description], merges: list[Merge]
 ) -> None:
     """Write everything but the weights: adapter_config.json, aggregation.json, lora-merge.lock, README.md."""
-    configs = [clients[each.client_id].config for each in ledger.contributions if each.weight > 0]
+    merged = [each for each in ledger.contributions if each.weight > 0 and each.merged_share != 0]
+    configs = [clients[each.client_id].config for each in merged]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
     whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
     tokens = {

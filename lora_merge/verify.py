@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from lora_merge.aggregation.robust import robust_of
 from lora_merge.checkpoint.compare import compare
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, FolderRefused, file_sha256, open_folder
 from lora_merge.environment import environment
@@ -82,6 +83,9 @@ def verify(
                 method=lock.method,
                 rank=lock.options.get("rank"),
                 energy=lock.options.get("energy") if lock.options.get("rank") == "auto" else None,
+                density=lock.options.get("density"),
+                seed=lock.options.get("seed"),
+                robust=robust_of(lock.options),
                 weights=weights,
                 global_lr=lock.global_lr,
                 base=base,

@@ -1,4 +1,4 @@
-"""The four merge methods. A newcomer adds one by one decorated function here or in a file beside."""
+"""The merge methods that work on factors. A newcomer adds one by one decorated function here or in a file beside."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from lora_merge.adapter import Factors
 from lora_merge.aggregation import dora, lowrank
 from lora_merge.aggregation.module import Module
 from lora_merge.aggregation.registry import METHODS, MethodRefused, Options, Plan, method
+from lora_merge.aggregation.sparsifying import dare, ties
 from lora_merge.aggregation.sums import (
     beside_identity,
     mean_bias,
@@ -23,9 +24,7 @@ from lora_merge.aggregation.sums import (
     whole,
 )
 
-__all__ = ["METHODS", "exact", "fedavg", "ffa", "svd"]
-
-LOSSLESS = 1e-7  # the part of the update's norm that `lossless` may lose
+__all__ = ["METHODS", "dare", "exact", "fedavg", "ffa", "svd", "ties"]
 
 
 @method(
@@ -53,6 +52,7 @@ def exact(module: Module, options: Options) -> Plan:
     reference="Eckart & Young 1936; Bai et al. 2024, arXiv:2402.11505 (FlexLoRA)",
     laws={"order", "rotation", "scale", "absent"},
     folds="mean",
+    heeds=("rank", "energy", "seed"),
 )
 def svd(module: Module, options: Options) -> Plan:
     """The best approximation of the mean at a given rank, always with how far it is from it."""
@@ -60,9 +60,8 @@ def svd(module: Module, options: Options) -> Plan:
     if isinstance(options.rank, int):
         rank = min(options.rank, most)
     else:
-        kept = options.energy if options.rank == "auto" else 1 - LOSSLESS**2
         B, A = _dora_product(module) if module.dora else product(module)
-        rank = min(most, lowrank.rank_for_energy(lowrank.spectrum(B, A), kept))
+        rank = min(most, lowrank.rank_for_energy(lowrank.spectrum(B, A), options.kept))
     seed = lowrank.sketch_seed(options.seed, module.name)
     if module.dora:
         return _dora_plan(module, rank, lambda L, R: lowrank.truncate(L, R, rank, seed=seed))
@@ -147,6 +146,8 @@ def _as_it_is(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
 def _require_one_rank(module: Module, name: str) -> None:
     if module.dora:
         raise MethodRefused("use_dora", f"{name} cannot merge DoRA: its magnitudes have no mean of this form")
+    if any(share.stored for share in module.shares):
+        raise MethodRefused("method", f"{name} needs the clients' own lora_A, which a stack of blocks does not keep")
     ranks = sorted({share.spec.r for share in module.shares})
     if len(ranks) > 1:
         reason = f"{module.name} has the ranks {', '.join(map(str, ranks))}; {name} needs one (use exact or svd)"

@@ -96,9 +96,9 @@ class Federation:
         specs = [client.adapter.specs[name] for client in self._having(name)]
         return tuple(sorted({token for spec in specs if isinstance(spec, TokenSpec) for token in spec.indices}))
 
-    def needed_base_tensors(self) -> list[str]:
-        """The base tensors without which the mean is not determined."""
-        return [base_name(name) for name in self.names if self._needs_base(name)]
+    def needed_base_tensors(self, *, to_measure: bool = False) -> list[str]:
+        """The base tensors without which the mean is not determined, or `to_measure` the size of an update."""
+        return [base_name(n) for n in self.names if self._needs_base(n) or (to_measure and self._has_value(n))]
 
     def read(self, client: Client, name: str) -> Update:
         """One client's update, on the device; what is wrong with it is a problem of the client's."""
@@ -116,6 +116,11 @@ class Federation:
         having = [(client.n, client.adapter.specs[name]) for client in self._having(name)]
         each = (sum(n for n, s in having if isinstance(s, TokenSpec) and t in s.indices) for t in self.tokens(name))
         return self.alpha != 1 or any(n != self.total for n in each)
+
+    def _has_value(self, name: str) -> bool:
+        """Whether `name` holds values that were trained, and no differences."""
+        spec = self.spec(name)
+        return isinstance(spec, TokenSpec) or (isinstance(spec, FullSpec) and not self.value(name).is_untrained)
 
     def _having(self, name: str) -> list[Client]:
         return [client for client in self.clients if name in client.adapter.specs]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec
-from lora_merge.aggregation import certificate
+from lora_merge.aggregation import certificate, coordinates
+from lora_merge.aggregation.coordinates import Coordinates
 from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.module import Module
@@ -50,6 +51,7 @@ class Measured:
         r: its rank; None for a tensor that was trained whole.
         error: its distance from M; None where it was not measured.
         fedavg: by how much the means of lora_A and lora_B apart would miss M; None where they do not exist.
+        from_mean: how far what was to be written is from M, where M is not what is aimed at.
     """
 
     name: str
@@ -57,16 +59,23 @@ class Measured:
     r: int | None
     error: SquaredError | None
     fedavg: SquaredError | None = None
+    from_mean: SquaredError | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How modules are merged and measured. `certificate` None: exact where K allows it, else by probes."""
+    """How modules are merged and measured.
+
+    Attributes:
+        certificate: None: exact where K allows it, else by probes.
+        rule: what takes the place of the mean.
+    """
 
     method: str = "exact"
     options: Options = field(default_factory=Options)
     dtype: str = "fp32"
     certificate: CertificateMode | None = None
+    rule: Coordinates | None = None
 
 
 class Merge(Protocol):
@@ -92,12 +101,16 @@ class FactorsMerge:
 
     def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
         spec = self.plan.spec
-        merged = _completed(self.plan.merge(), spec)
+        target = self.plan.target() if self.plan.target else None
+        merged = _completed(target.factors() if target else self.plan.merge(), spec)
         names = stored_names(self.module.name, spec)
         stored = to_stored(spec, merged)
         as_written = {role: _write(write, names[role], stored[role], settings.dtype) for role in stored}
-        error, gap = self._measure(from_stored(spec, as_written), settings)
-        return Measured(self.module.name, self.plan.form, spec.r, error, gap)
+        found = from_stored(spec, as_written)
+        if target and settings.certificate != "off":
+            error = target.squared_error(found)
+            return Measured(self.module.name, self.plan.form, spec.r, error, None, target.from_mean)
+        return Measured(self.module.name, self.plan.form, spec.r, *self._measure(found, settings))
 
     def _measure(self, written: Factors, settings: Settings) -> tuple[SquaredError | None, SquaredError | None]:
         if settings.certificate == "off":
@@ -125,8 +138,9 @@ class FullMerge:
         return {self.tensor: self.shape}
 
     def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
-        written = _write(write, self.tensor, self.value.mean(), settings.dtype)
-        error = None if settings.certificate == "off" else self.value.squared_error(written)
+        merged = _merged(self.value, settings)
+        written = _write(write, self.tensor, merged, settings.dtype)
+        error = None if settings.certificate == "off" else _error(self.value, settings, merged, written)
         return Measured(self.name, "full tensor", None, error and SquaredError(*error))
 
 
@@ -149,10 +163,11 @@ class TokensMerge:
 
     def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
         values = self.federation.token_values(self.name).values()
-        written = _write(write, self._tensor, torch.stack([value.mean() for value in values]), settings.dtype)
+        merged = torch.stack([_merged(value, settings) for value in values])
+        written = _write(write, self._tensor, merged, settings.dtype)
         if settings.certificate == "off":
             return Measured(self.name, "token rows", None, None)
-        errors = [value.squared_error(row) for value, row in zip(values, written, strict=True)]
+        errors = [_error(value, settings, *rows) for value, *rows in zip(values, merged, written, strict=True)]
         known = [error for error in errors if error is not None]
         total = SquaredError(sum(e for e, _ in known), sum(n for _, n in known)) if len(known) == len(errors) else None
         return Measured(self.name, "token rows", None, total)
@@ -211,9 +226,21 @@ def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | 
         return TokensMerge(name, federation)
     try:
         module = federation.module(name)
+        if settings.rule is not None:
+            return FactorsMerge(module, coordinates.plan(module, settings.rule, settings.method, settings.options))
         return FactorsMerge(module, METHODS[settings.method].plan(module, settings.options))
     except MethodRefused as error:
         return [_problem(error)]
+
+
+def _merged(value: Value, settings: Settings) -> Tensor:
+    return value.mean() if settings.rule is None else coordinates.value(value, settings.rule)
+
+
+def _error(value: Value, settings: Settings, merged: Tensor, written: Tensor) -> tuple[float, float] | None:
+    if settings.rule is None:
+        return value.squared_error(written)
+    return coordinates.squared_error(value, merged, written)
 
 
 def _problem(error: MethodRefused) -> Problem:

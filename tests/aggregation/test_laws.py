@@ -20,7 +20,7 @@ from tests.dense import base_model, delta_weights, error, loaded, mean_deltas, m
 from tests.models import logits
 
 LAWS = ("identity", "order", "rotation", "scale", "exact", "absent")
-OPTIONS: dict[str, dict[str, Any]] = {"svd": {"rank": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {"svd": {"rank": 3}, "ties": {"rank": "lossless"}, "dare": {"rank": "lossless"}}
 TOLERANCE = 5e-6
 
 Tensors = dict[str, torch.Tensor]
@@ -77,6 +77,8 @@ def test_the_methods_and_the_laws_they_declare() -> None:
         "svd": {"order", "rotation", "scale", "absent"},
         "fedavg": {"identity", "order", "scale"},
         "ffa": {"identity", "order", "scale", "exact", "absent"},
+        "ties": {"order", "rotation", "scale"},
+        "dare": {"order", "rotation", "scale"},
     }
 
 
@@ -240,6 +242,31 @@ def svd_is_not_the_mean(folders: Folders, tmp_path: Path) -> None:
     assert error(PLAIN, out, mean_model(PLAIN, folders, PLAIN.weights)) > 0.05
 
 
+def a_client_alone_loses_entries(method: str) -> Callable[[Folders, Path], None]:
+    def broken(folders: Folders, tmp_path: Path) -> None:
+        out = merge(method, folders[:1], tmp_path / "global")
+        assert error(PLAIN, out, mean_model(PLAIN, folders[:1], [1.0])) > 0.05
+
+    return broken
+
+
+def is_not_the_mean(method: str) -> Callable[[Folders, Path], None]:
+    def broken(folders: Folders, tmp_path: Path) -> None:
+        out = merge(method, folders, tmp_path / "global")
+        assert error(PLAIN, out, mean_model(PLAIN, folders, PLAIN.weights)) > 0.2
+
+    return broken
+
+
+def is_not_the_mean_where_a_client_lacks_a_module(method: str) -> Callable[[Folders, Path], None]:
+    def broken(folders: Folders, tmp_path: Path) -> None:
+        lacking = without_v_proj(folders[0], tmp_path / "client-0")
+        out = merge(method, (lacking, *folders[1:]), tmp_path / "global")
+        assert error(PLAIN, out, mean_model(PLAIN, (lacking, *folders[1:]), PLAIN.weights)) > 0.2
+
+    return broken
+
+
 BROKEN: dict[tuple[str, str], Callable[[Folders, Path], None]] = {
     ("fedavg", "rotation"): fedavg_moves_with_a_rotation,
     ("fedavg", "exact"): fedavg_is_not_the_mean,
@@ -247,6 +274,9 @@ BROKEN: dict[tuple[str, str], Callable[[Folders, Path], None]] = {
     ("ffa", "rotation"): ffa_refuses_a_rotated_client,
     ("svd", "identity"): svd_loses_what_a_client_has_above_the_rank,
     ("svd", "exact"): svd_is_not_the_mean,
+    **{(method, "identity"): a_client_alone_loses_entries(method) for method in ("ties", "dare")},
+    **{(method, "exact"): is_not_the_mean(method) for method in ("ties", "dare")},
+    **{(method, "absent"): is_not_the_mean_where_a_client_lacks_a_module(method) for method in ("ties", "dare")},
 }
 
 
