@@ -1,4 +1,4 @@
-"""A global adapter that others are to be folded into: its folder, ledger and lock, read as a stranger's and agreeing."""
+"""A global adapter that others are to be folded into: its files, read as a stranger's, and agreeing."""
 
 import math
 from collections import Counter

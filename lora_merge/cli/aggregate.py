@@ -5,12 +5,13 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_merge.cli.forecast import show_forecast
+from lora_merge.cli.onto import OntoOption, WithdrawOption, run_fold
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import (
     CreatePrOption,
@@ -31,43 +32,49 @@ from lora_merge.cli.screening import (
     SkipRejectedOption,
     screening_of,
 )
-from lora_merge.cli.sizes import size_text
+from lora_merge.cli.weights import weights_given
 from lora_merge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lora_merge.forecast import Forecast, ForecastClient
+    from lora_merge.ledger import Ledger
     from lora_merge.pipeline import Aggregation
-    from lora_merge.screening import Screening
 
 
 def aggregate(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Folders, ORG/NAME, 'ORG/PATTERN-*' (also @REVISION), URLs, or - for ids on standard input."
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder to write the global adapter to.")
     ] = None,
-    method: Annotated[str, typer.Option(help="exact, svd, fedavg or ffa.")] = "exact",
+    method: Annotated[str | None, typer.Option(help="exact, svd, fedavg or ffa.  [default: exact]")] = None,
     rank: Annotated[str | None, typer.Option(help="Of svd: a number, auto or lossless.  [default: auto]")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Of --rank auto: the share of the squared norm to keep.  [default: 0.99]")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="examples, uniform, or a JSON or YAML file: client or source to number.")
-    ] = "examples",
+        str | None,
+        typer.Option(
+            help="examples, uniform, or a JSON or YAML file: client or source to number.  [default: examples]"
+        ),
+    ] = None,
     weight: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE=NUMBER", help="One client's weight; give one for each.")
     ] = None,
-    global_lr: Annotated[float, typer.Option(help="The global learning rate: a factor on the mean update.")] = 1.0,
+    global_lr: Annotated[
+        float | None, typer.Option(help="The global learning rate: a factor on the mean update.  [default: 1]")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base model's folder or cached id, where the mean depends on it.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.  [default: fp32]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     certificate: Annotated[
         str | None, typer.Option(help="exact, probes or off.  [default: exact where the ranks sum to 1024 or less]")
@@ -75,6 +82,8 @@ def aggregate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Modules merged at a time; the bytes stay the same.  [default: CPUs]")
     ] = None,
+    onto: OntoOption = None,
+    withdraw: WithdrawOption = None,
     cap_examples: CapExamplesOption = None,
     allow_dominant: AllowDominantOption = False,
     allow_outliers: AllowOutliersOption = False,
@@ -106,42 +115,47 @@ def aggregate(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting(resume="Run the same command again: what is whole is not downloaded again."):
-        chosen = _weights(weights, weight or [])
-        named = list(_named(sources))
+        chosen = weights_given(weights, weight or [])
+        named = list(_named(sources or []))
         screening = screening_of(
             cap_examples, allow_dominant, allow_outliers, allow_list, drop_duplicates, exclude, skip_rejected
         )
+        options: dict[str, Any] = {
+            "method": method,
+            "rank": _rank(rank),
+            "energy": energy,
+            "weights": chosen,
+            "global_lr": global_lr,
+            "dtype": dtype,
+        }
+        options = {name: value for name, value in options.items() if value is not None} | {
+            "base": base,
+            "device": device,
+            "certificate": certificate,
+            "workers": workers,
+            "force": force,
+            "screening": screening,
+            "max_wait": max_wait,
+        }
+        if onto is not None:
+            _require_no_lock(lock, locked, dry_run)
+            options["withdraw"] = withdraw or []
+            run_fold(out, named, onto, output, options, publish_to=(push, private, create_pr), rows=_record_rows)
+            return
+        if withdraw:
+            raise UsageError("--withdraw takes a client out of a global adapter.", hint="Name it with --onto GLOBAL.")
+        if not named:
+            raise UsageError("Missing argument 'SOURCES...'.", hint="lora-merge --help")
         if dry_run:
-            _dry_run(out, named, chosen, workers, max_wait, screening)
+            show_forecast(out, named, chosen or "examples", workers, max_wait, screening)
             return
         if output is None:
             raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge --help")
         target = may_publish(out, push, private, create_pr, max_wait)
         started = time.monotonic()
-        from lora_merge.checkpoint.merge import CertificateMode
         from lora_merge.pipeline import aggregate as run
 
-        result = run(
-            named,
-            output,
-            method=method,
-            rank=_rank(rank),
-            energy=energy,
-            weights=chosen,
-            global_lr=global_lr,
-            base=base,
-            dtype=dtype,
-            device=device,
-            certificate=cast("CertificateMode | None", certificate),
-            workers=workers,
-            force=force,
-            lock=lock,
-            locked=locked,
-            screening=screening,
-            max_wait=max_wait,
-            tell=out.say,
-            progress=out.progress,
-        )
+        result = run(named, output, lock=lock, locked=locked, tell=out.say, progress=out.progress, **options)
         for warning in result.warnings:
             out.warn(warning)
         seconds = time.monotonic() - started
@@ -162,77 +176,15 @@ def _named(sources: list[str]) -> Iterator[str]:
         yield from lines
 
 
-def _dry_run(
-    out: Output, sources: list[str], weights: Any, workers: int | None, max_wait: float, screening: "Screening"
-) -> None:
-    from lora_merge.forecast import forecast
-    from lora_merge.intake import Reading
-
-    reading = Reading(max_wait, out.say)
-    found = forecast(sources, weights=weights, workers=workers, reading=reading, screening=screening)
-    for warning in found.warnings:
-        out.warn(warning)
-    out.result(asdict(found), made="\n".join(_pin(c) for c in found.clients), show=lambda: _forecast_table(found))
-
-
-def _pin(client: "ForecastClient") -> str:
-    return f"{client.source}@{client.commit}" if client.commit else client.source
-
-
-def _forecast_table(found: "Forecast") -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("client", "source", "commit", "examples", "weight", "share", "size", "to download"):
-        table.add_column(name)
-    for each in found.clients:
-        examples = "" if each.num_examples is None else str(each.num_examples)
-        row = (each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
-        table.add_row(*map(plain, row), size_text(each.size), size_text(each.to_download))
-    size, missing = (sum(numbers) for numbers in zip(*((c.size, c.to_download) for c in found.clients), strict=True))
-    table.add_row(f"{len(found.clients)} clients", *[""] * 5, size_text(size), size_text(missing))
-    table.add_row("memory", f"about {size_text(found.memory)}")
-    return table
+def _require_no_lock(lock: Path | None, locked: bool, dry_run: bool) -> None:
+    for name, given in (("--lock", lock), ("--locked", locked), ("--dry-run", dry_run)):
+        if given:
+            hint = "The global adapter's own lock pins who is in it; arrivals are pinned as they come in."
+            raise UsageError(f"{name} does not go with --onto.", hint=hint)
 
 
 def _rank(rank: str | None) -> Any:
     return int(rank) if rank is not None and re.fullmatch("[0-9]{1,9}", rank) else rank
-
-
-def _weights(choice: str, single: list[str]) -> Any:
-    """`examples`, `uniform`, or a mapping from a file and from single weights."""
-    given: dict[str, float] = {}
-    if choice not in ("examples", "uniform"):
-        given |= _weights_file(Path(choice))
-    for entry in single:
-        source, equals, number = entry.rpartition("=")
-        try:
-            given[source] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise UsageError(f"--weight must be SOURCE=NUMBER, is {entry!r}.")
-    if single and choice == "uniform":
-        raise UsageError("--weights uniform and --weight exclude each other.")
-    return given or choice
-
-
-def _weights_file(path: Path) -> dict[str, float]:
-    if not path.is_file():
-        hint = "--weights takes examples, uniform, or the path of a JSON or YAML file."
-        raise NotFoundError(f"No such weights file: {path}.", hint=hint)
-    try:
-        if path.suffix == ".json":
-            data = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            import yaml
-
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # each parser has its own errors
-        raise UsageError(f"{path} cannot be read as weights: {' '.join(str(error).split())}.") from error
-    if not isinstance(data, dict) or not data:
-        raise UsageError(f"{path} must be a mapping from client or source to number.")
-    return {str(name): number for name, number in data.items()}
 
 
 def _as_json(result: "Aggregation", seconds: float) -> dict[str, Any]:
@@ -253,8 +205,11 @@ def _table(result: "Aggregation", seconds: float, published: str = "") -> "Table
 
 
 def _rows(result: "Aggregation", seconds: float) -> Iterator[tuple[str, str]]:
-    ledger = result.ledger
     yield "global adapter", f"{result.output}  ({seconds:.1f} s)"
+    yield from _record_rows(result.ledger)
+
+
+def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
     yield "clients", ", ".join(f"{c.client_id} ({c.share:.1%})" for c in ledger.contributions)
     if ledger.left_out:
         yield "left out", ", ".join(each.source for each in ledger.left_out)

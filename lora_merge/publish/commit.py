@@ -1,8 +1,9 @@
 """One commit of all files, on the state that was seen; reconciled where the Hub's answer was lost, never forced."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -16,7 +17,7 @@ from lora_merge.errors import (
 )
 from lora_merge.hub.client import Tell, endpoint
 from lora_merge.hub.failures import asking
-from lora_merge.publish.files import CARD_NAME, PublishedFile
+from lora_merge.publish.files import CARD_NAME, WEIGHTS, PublishedFile
 from lora_merge.publish.persistence import persist
 from lora_merge.publish.repository import (
     Content,
@@ -84,6 +85,7 @@ def publish(
     require_visibility(head, target)
     there = tree(api, target.repo, head.commit)
     require_kind(there, content, target.repo)
+    _require_parent(head, there, target, content)
     changed, removed = differences(there, content)
     if not changed and not removed:
         return Published(target.repo, head.commit, head.private)
@@ -94,6 +96,18 @@ def publish(
     published = Published(target.repo, done.commit, head.private, names, removed, done.pull_request, done.superseded)
     _verify(api, published, content)
     return published
+
+
+def _require_parent(head: Head, there: Mapping[str, Any], target: Target, content: Content) -> None:
+    """Raise `ConflictError` where somebody has published what our content does not build upon."""
+    parent = target.parent
+    if parent is None or head.commit == parent or not any(differences(there, content)):
+        return
+    if parent or WEIGHTS[0] in there:
+        raise ConflictError(
+            f"{target.repo} was changed by somebody else in the meantime: it is at {head.commit[:12]}.",
+            hint="The same command builds on that.",
+        )
 
 
 @dataclass(frozen=True)

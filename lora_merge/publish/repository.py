@@ -25,12 +25,14 @@ class Target:
         revision: the branch; a pull request starts from it.
         private: of a new repository; None is private. An existing one must be what is asked for.
         create_pr: propose it, in a repository that is somebody else's.
+        parent: the commit that the branch must still be at; an empty text means that no adapter lay there.
     """
 
     repo: str
     revision: str = "main"
     private: bool | None = None
     create_pr: bool = False
+    parent: str | None = None
 
     @property
     def visibility(self) -> str:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_merge.errors import StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom, open_store
@@ -119,6 +119,13 @@ class Rooms:
             from lora_merge.hub.client import interrupt
 
             interrupt()
+
+    def kind(self, source: str | Path) -> Literal["folder", "repository", "url"]:
+        """What `source` names by its form; a folder may still have to be made."""
+        room = self._room(source)
+        if room is vars(self).get("_local"):
+            return "folder"
+        return "repository" if room is vars(self).get("_hub") else "url"
 
     def _room(self, source: str | Path) -> Room:
         text = str(source)

@@ -1,0 +1,93 @@
+"""The options `--onto` and `--withdraw` of `lora-merge aggregate`, and how a fold is shown."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_merge.cli.output import Output, plain
+from lora_merge.cli.push import may_publish, publish_result, push_record, push_summary
+from lora_merge.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_merge.fold import Fold
+    from lora_merge.ledger import Ledger
+
+OntoOption = Annotated[
+    str | None,
+    typer.Option(
+        "--onto",
+        metavar="GLOBAL",
+        help="Bring what is new into this global adapter: a folder, or a repository, which gets a commit.",
+    ),
+]
+WithdrawOption = Annotated[
+    list[str] | None, typer.Option("--withdraw", metavar="CLIENT", help="Of --onto: take this client out again.")
+]
+
+
+def run_fold(
+    out: Output,
+    sources: list[str],
+    onto: str,
+    output: Path | None,
+    options: Mapping[str, Any],
+    *,
+    publish_to: tuple[str | None, bool | None, bool],
+    rows: "Callable[[Ledger], Iterator[tuple[str, str]]]",
+) -> None:
+    """Fold, publish, and show it. `options` are those of `lora_merge.fold.fold`; `publish_to` is of --push."""
+    push, private, create_pr = publish_to
+    max_wait = options["max_wait"]
+    if push and output is None:
+        raise UsageError("--push with --onto needs --output: a repository that is folded onto is published to anyhow.")
+    own = private if push is None and not create_pr else None  # of the repository that --onto names
+    target = may_publish(out, push, None if own is not None else private, create_pr, max_wait)
+    started = time.monotonic()
+    from lora_merge.fold import fold
+
+    result = fold(sources, onto, output=output, private=own, tell=out.say, progress=out.progress, **options)
+    for warning in result.warnings:
+        out.warn(warning)
+    if result.again:
+        out.say(f"All clients were merged again: {result.again}.")
+    seconds = time.monotonic() - started
+    pushed = publish_result(out, output, target, max_wait) if output and result.changed else None
+    pushed = pushed or result.published
+    record = _as_json(result, seconds) | push_record(pushed)
+    made = pushed.published.commit if pushed and not output else str(result.output)
+    out.result(record, made=made, show=lambda: _table(result, seconds, rows, push_summary(pushed)))
+
+
+def _as_json(result: "Fold", seconds: float) -> dict[str, Any]:
+    import json
+
+    ledger = json.loads(result.ledger.to_json())
+    del ledger["schema_version"]
+    fields = ("added", "replaced", "withdrawn", "again", "warnings", "changed")
+    folded = {name: getattr(result, name) for name in fields}
+    return {"output": str(result.output), "seconds": round(seconds, 3), **folded, **ledger}
+
+
+def _table(
+    result: "Fold", seconds: float, rows: "Callable[[Ledger], Iterator[tuple[str, str]]]", published: str
+) -> "Table":
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    if not result.changed:
+        table.add_row("nothing new", plain(f"{result.output} is as it was."))
+        return table
+    table.add_row("global adapter", plain(f"{result.output}  ({seconds:.1f} s)"))
+    for name in ("added", "replaced", "withdrawn"):
+        if clients := getattr(result, name):
+            table.add_row(name, plain(", ".join(clients)))
+    for name, value in rows(result.ledger):
+        table.add_row(name, plain(value))
+    if published:
+        table.add_row("published", plain(published.strip()))
+    return table

@@ -1,0 +1,217 @@
+"""The corridor of folding: a global adapter's folder and what arrives, to the folder of the next one."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_merge.aggregation.methods import METHODS
+from lora_merge.aggregation.registry import Options
+from lora_merge.aggregation.schedule import pool
+from lora_merge.aggregation.weights import Weights
+from lora_merge.agreement import claim_warnings
+from lora_merge.arrivals import arriving, refs_of, weights_of_arrivals, withdrawn
+from lora_merge.change import Change, Parts, change_of, contributions_after, parts_of
+from lora_merge.checkpoint.folder import alone_beside, atomic_folder
+from lora_merge.checkpoint.merge import CertificateMode, Settings
+from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
+from lora_merge.environment import device_named
+from lora_merge.errors import ConflictError, NotFoundError, UsageError
+from lora_merge.global_adapter import GlobalAdapter, opened_global
+from lora_merge.intake import UNSCREENED, Reading
+from lora_merge.ledger import Ledger
+from lora_merge.options import merge_settings
+from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
+from lora_merge.provenance import ledger_of, lock_of, write_records
+from lora_merge.screening import Screening
+from lora_merge.selection import Selection
+from lora_merge.sources.reference import Progress
+from lora_merge.sources.rooms import open_rooms
+
+if TYPE_CHECKING:
+    from lora_merge.publish.push import Pushed
+
+_AGAIN = "The same command folds onto it as it is now."
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What came of folding.
+
+    Attributes:
+        output: the folder that holds the result; where nothing was new, the global adapter as it was.
+        added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was written.
+        again: why all clients had to be merged again from their files; None where the global adapter itself did.
+        published: the commit that brought it to the repository that was folded onto.
+    """
+
+    output: Path
+    ledger: Ledger
+    added: Sequence[str] = ()
+    replaced: Sequence[str] = ()
+    withdrawn: Sequence[str] = ()
+    again: str | None = None
+    warnings: Sequence[str] = ()
+    published: "Pushed | None" = None
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.added or self.replaced or self.withdrawn)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a global adapter lies.
+
+    Attributes:
+        folder: on this machine, None where there is none yet.
+        place: what the user calls it; of a folder, its whole path.
+        commit: of its repository.
+    """
+
+    folder: Path | None
+    place: str
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How to merge; what is None is as the global adapter was made with, or by default."""
+
+    chosen: Mapping[str, Any]  # method, rank, energy, global_lr, dtype: those that were given
+    weights: Weights | None = None
+    base: str | Path | None = None
+    device: str = "cpu"
+    certificate: CertificateMode | None = None
+    workers: int | None = None
+    screening: Screening | None = None
+
+
+def fold_folder(
+    sources: Sequence[str | Path],
+    onto: Located,
+    target: Path,
+    withdraw: Sequence[str],
+    how: How,
+    reading: Reading,
+) -> Fold:
+    """Bring what is new in `sources` into the global adapter `onto`, written to `target`; see `lora_merge.fold`."""
+    if onto.folder is None:
+        return _first(sources, onto, target, withdraw, how, reading)
+    with (
+        open_rooms(reading.max_wait, reading.tell) as rooms,
+        opened_global(onto.folder, onto.place, onto.commit) as before,
+    ):
+        settings = _settings(before.ledger, how)
+        gone = withdrawn(withdraw, before.contributions, onto.place)
+        stay = {client: each for client, each in before.contributions.items() if client not in gone}
+        selection = Selection(how.screening or UNSCREENED)
+        refs = refs_of(rooms, sources, onto.place, [before.contributions[client] for client in gone])
+        with arriving(rooms, refs, stay, reading, selection) as arrivals:
+            if not arrivals.new and not gone:
+                return Fold(onto.folder, before.ledger, warnings=rooms.notes)
+            n = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection).n
+            change = change_of(before, arrivals, n, gone)
+            with parts_of(change, rooms, how.base, device_named(how.device), reading) as parts:
+                ledger = _write(target, change, parts, settings, how.workers, reading.progress)
+            warnings = [*rooms.notes, *selection.notes, *claim_warnings(parts.clients), *rank_warnings(ledger)]
+            added = [client for client in arrivals.new if client not in arrivals.replaces]
+            replaced = sorted(arrivals.replaces)
+            return Fold(target, ledger, added, replaced, change.withdrawn, parts.again, warnings)
+
+
+def _first(
+    sources: Sequence[str | Path], onto: Located, target: Path, withdraw: Sequence[str], how: How, reading: Reading
+) -> Fold:
+    """The first merge makes the global adapter."""
+    if withdraw:
+        raise NotFoundError(f"There is no global adapter {onto.place} to take anybody out of.")
+    require_folds(how.chosen.get("method", "exact"))
+    options: dict[str, Any] = {**how.chosen, **({} if how.weights is None else {"weights": how.weights})}
+    try:
+        made = aggregate(
+            sources,
+            target,
+            **options,
+            base=how.base,
+            device=how.device,
+            certificate=how.certificate,
+            workers=how.workers,
+            screening=how.screening,
+            max_wait=reading.max_wait,
+            tell=reading.tell,
+            progress=reading.progress,
+        )
+    except UsageError as error:
+        if is_there(target):
+            raise ConflictError(f"Somebody else has made {onto.place} in the meantime.", hint=_AGAIN) from error
+        raise
+    return Fold(target, made.ledger, [each.client_id for each in made.ledger.contributions], warnings=made.warnings)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether something lies at `folder`: an empty folder is nothing."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def require_folds(method: str) -> None:
+    """Raise `UsageError` where a method has no way to bring arrivals in."""
+    if method in METHODS and METHODS[method].folds is None:
+        folding = ", ".join(name for name, each in METHODS.items() if each.folds)
+        raise UsageError(f"{method} cannot be folded: it needs all clients at once.", hint=f"--onto is for {folding}.")
+
+
+def _write(
+    target: Path, change: Change, parts: Parts, settings: Settings, workers: int | None, progress: Progress
+) -> Ledger:
+    """Merge into `target` in one step; where that is the global adapter itself, only while it is what was read."""
+    before, federation = change.before, parts.federation
+    if settings.certificate is None and parts.again is None:
+        settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
+    with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True) as work:
+        merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
+        contributions = contributions_after(change, parts)
+        lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
+        ledger = ledger_of(federation, lock, contributions, measured, settings, before.name())
+        write_records(work, ledger, lock, parts.clients, merges)
+        require_same_files({**change.arrivals.new, before.place: before.folder})
+        if target.exists() and before.folder.folder.exists() and target.samefile(before.folder.folder):
+            end.enter_context(alone_beside(target))
+            _require_as_read(before)
+    return ledger
+
+
+def _require_as_read(before: GlobalAdapter) -> None:
+    """Raise `ConflictError` where another folder has taken the place of the one that was read."""
+    try:
+        same = os.path.samestat(os.stat(before.folder.file.path), os.fstat(before.folder.file.descriptor))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise ConflictError(f"{before.place} was changed by somebody else in the meantime.", hint=_AGAIN)
+
+
+def _settings(ledger: Ledger, how: How) -> Settings:
+    """How the global adapter was made, which is how its arrivals are merged.
+
+    Raises:
+        UsageError: an option is another one, or it was made in a way that cannot be folded.
+    """
+    require_folds(ledger.method)
+    known = {name: value for name, value in ledger.options.items() if name in asdict(Options())}
+    if other := sorted(name for name, value in ledger.options.items() if value and name not in known):
+        raise UsageError(f"It was merged with {', '.join(other)}, which needs all clients at once.")
+    made = {"method": ledger.method, "dtype": ledger.dtype, "global_lr": ledger.global_lr, **known}
+    for name, value in how.chosen.items():
+        if value != made.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} is {value}, and the global adapter was made with {made.get(name, 'none')}.",
+                hint=f"Leave {option} out, or merge all clients anew without --onto.",
+            )
+    by_rank = ledger.method == "svd"
+    rank, energy = (known.get("rank"), known.get("energy")) if by_rank else (None, None)
+    settings = merge_settings(ledger.method, rank, energy if rank == "auto" else None, ledger.dtype, how.certificate)
+    return replace(settings, options=replace(settings.options, **known))
