@@ -1,0 +1,94 @@
+"""What is kept of an update while it is read: exact norms, and sketches that know a copy however it is factored."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_merge.adapter import Adapter, Factors, Spec, spec_of
+from lora_merge.aggregation.sketch import Sketched, cosines, sketch_of
+
+
+class Plain(dict[str, Factors]):
+    """An adapter in memory."""
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {name: spec_of(update) for name, update in self.items()}
+
+
+def update(seed: int, *, blocks: int = 1, d_out: int = 12, d_in: int = 9, r: int = 3) -> Factors:
+    random = torch.Generator().manual_seed(seed)
+    B = torch.randn(blocks, d_out, r, generator=random)
+    return Factors(B, torch.randn(blocks, r, d_in, generator=random), 0.5)
+
+
+def sketched(adapter: Adapter) -> Sketched:
+    """`adapter`, all of which was read."""
+    found = Sketched(adapter)
+    for module in adapter.specs:
+        found[module]
+    return found
+
+
+def dense(factors: Factors) -> torch.Tensor:
+    return factors.scaling * factors.B.double() @ factors.A.double()
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_norm_is_that_of_the_dense_update(blocks: int) -> None:
+    adapter = Plain(one=update(1, blocks=blocks), two=update(2, d_in=20))
+    expected = math.hypot(*(float(dense(each).norm()) for each in adapter.values()))
+    assert sketched(adapter).norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bias_of_lora_b_counts_as_part_of_the_update() -> None:
+    factors = replace(update(1), bias=torch.ones(12))
+    expected = math.hypot(float(dense(factors).norm()), 0.5 * math.sqrt(12))
+    assert sketched(Plain(one=factors)).norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_adapter_of_which_nothing_was_read_has_no_norm() -> None:
+    assert Sketched(Plain(one=update(1))).norm is None
+
+
+def test_factors_beyond_the_range_of_fp32_products_still_have_their_norm() -> None:
+    factors = replace(update(1), A=update(1).A * 1e25)
+    assert sketched(Plain(one=factors)).norm == pytest.approx(1e25 * float(dense(update(1)).norm()), rel=1e-6)
+
+
+def test_rotated_factors_have_the_same_sketch() -> None:
+    factors = update(1)
+    R = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3))).Q
+    rotated = replace(factors, B=factors.B @ R, A=R.mT @ factors.A)
+    torch.testing.assert_close(sketch_of(rotated).values, sketch_of(factors).values, rtol=1e-4, atol=1e-4)
+
+
+def test_scaled_and_rotated_copies_are_found_and_others_are_not() -> None:
+    names = [f"module.{index}" for index in range(20)]
+    first = Plain({name: update(seed) for seed, name in enumerate(names)})
+    copy = Plain({name: replace(each, B=each.B * 3) for name, each in first.items()})
+    near = Plain({name: replace(each, B=each.B + 0.02 * torch.randn_like(each.B)) for name, each in first.items()})
+    other = Plain({name: update(100 + seed) for seed, name in enumerate(names)})
+    found = cosines({"a": sketched(first), "b": sketched(copy), "c": sketched(near), "d": sketched(other)}, above=0.99)
+    assert set(found) == {("a", "b"), ("a", "c"), ("b", "c")}
+    assert found["a", "b"] == pytest.approx(1)
+    assert 0.999 < found["a", "c"] < 1
+
+
+def test_the_sketched_cosine_is_near_the_true_one() -> None:
+    names = [f"module.{index}" for index in range(50)]
+    first = Plain({name: update(seed) for seed, name in enumerate(names)})
+    second = Plain({name: replace(each, B=each.B + 0.3 * update(500).B) for name, each in first.items()})
+    one, two = (torch.stack([dense(each[name]) for name in names]) for each in (first, second))
+    true = float((one * two).sum() / (one.norm() * two.norm()))
+    (found,) = cosines({"a": sketched(first), "b": sketched(second)}, above=0.5).values()
+    assert 1 - found == pytest.approx(1 - true, rel=0.4)
+
+
+def test_what_is_read_twice_is_sketched_once() -> None:
+    adapter = sketched(Plain(one=update(1)))
+    before = adapter.sketches["one"]
+    assert adapter["one"].r == 3  # type: ignore[union-attr]
+    assert adapter.sketches["one"] is before
