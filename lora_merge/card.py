@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_merge.errors import one_line
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.statement import Statement
 
@@ -124,7 +125,8 @@ def _eval_results(results: Results) -> list[Any]:
     from huggingface_hub import EvalResult
 
     task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Held-out rows"}
-    data: dict[str, Any] = {"dataset_type": results.data, "dataset_name": results.data}
+    name = one_line(results.data)  # a line of its own could end the metadata
+    data: dict[str, Any] = {"dataset_type": name, "dataset_name": name}
     metrics = (("loss", "Loss, nats a token", results.own.loss), ("perplexity", "Perplexity", results.own.perplexity))
     return [
         EvalResult(**task, **data, metric_type=kind, metric_name=name, metric_value=round(value, 6))
@@ -137,11 +139,31 @@ def _merge(ledger: Ledger) -> Iterator[str]:
     how = f"method `{_cell(ledger.method)}`, weights by {_cell(ledger.weighting)}"
     yield f"{how}, global learning rate {ledger.global_lr:g}."
     yield ""
-    yield f"* Against the weighted mean of the clients' updates: {ledger.certificate.sentence()}."
+    yield from _robust(ledger)
+    yield f"* Against {ledger.aim}: {ledger.certificate.sentence()}."
+    if ledger.from_mean is not None:
+        yield f"* That is {ledger.from_mean['relative_error']:.2%} away from the plain weighted mean."
     if ledger.method == "exact" and ledger.certificate.measured_by != "off":
         yield f"* Averaging lora_A and lora_B apart would have missed it by: {ledger.certificate.gap_sentence()}."
     if ledger.ranks:
         yield f"* Rank: {_range(ledger.ranks)}."
+
+
+def _robust(ledger: Ledger) -> Iterator[str]:
+    """What a robust rule did, and to whom."""
+    rule = ledger.options.get("robust")
+    if ledger.clip_norm is not None:
+        clipped = [
+            f"{_cell(c.client_id)} (to {c.clipped_to:.3g} of it)"
+            for c in ledger.contributions
+            if c.clipped_to is not None
+        ]
+        yield f"* Updates above the norm {ledger.clip_norm:.3g} were scaled down to it: {', '.join(clipped) or 'none'}."
+    weighed = [(_cell(c.client_id), c.merged_share) for c in ledger.contributions if c.merged_share is not None]
+    if rule and weighed:
+        kept = ", ".join(f"{client} ({share:.2%})" for client, share in weighed if share > 0)
+        dropped = ", ".join(client for client, share in weighed if share == 0)
+        yield f"* Weights by `{_cell(str(rule))}`: {kept}. Dropped: {dropped or 'none'}."
 
 
 def _contributions(ledger: Ledger) -> Iterator[str]:
@@ -234,6 +256,9 @@ def _command(ledger: Ledger) -> str:
     words = [f"lora-merge aggregate {pinned} --method {_cell(ledger.method)}"]
     words += [f"--rank {_cell(str(rank))}"] if rank else []
     words += [f"--energy {energy}"] if rank == "auto" and isinstance(energy, float) else []
+    for name in ("density", "clip", "robust", "byzantine", "trim"):
+        words += [f"--{name} {_cell(str(ledger.options[name]))}"] if ledger.options.get(name) is not None else []
+    words += [f"--seed {seed}"] if isinstance(seed := ledger.options.get("seed"), int) and seed else []
     words += [f"--weights {'FILE' if ledger.weighting == 'given' else _cell(ledger.weighting)}"]
     words += [f"--global-lr {ledger.global_lr:g}"] if ledger.global_lr != 1 else []
     words += [f"--dtype {_cell(ledger.dtype)}"] if ledger.dtype != "fp32" else []

@@ -128,12 +128,13 @@ class Ledger:
     @property
     def aim(self) -> str:
         """What the certificate measures the distance from, in words."""
-        rule = self.options.get("robust")
+        rule = str(self.options.get("robust"))
+        weighing = {"geometric-median": "the geometric median", "krum": "Krum", "multi-krum": "multi-Krum"}
         updates = "the clients' updates" if self.clip_norm is None else "the clipped updates of the clients"
         if rule in ("median", "trimmed-mean"):
             return f"the {'median' if rule == 'median' else 'trimmed mean'} of {updates}, entry by entry"
-        if rule:
-            return f"the mean of {updates} by the weights of {rule}"
+        if rule in weighing:
+            return f"the mean of {updates} by the weights of {weighing[rule]}"
         if self.method in ("ties", "dare"):
             return f"what {self.method} makes of {updates}"
         return f"the weighted mean of {updates}"
