@@ -12,6 +12,7 @@ from lora_merge.errors import one_line
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.statement import Statement
 
+MAX_LINES = 40
 TAGS = ("lora", "lora-merge", "federated-learning")
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -67,7 +68,7 @@ def global_card(
     """README.md of a merged adapter. A base model whose name is a path, or cannot be the Hub's, is left out."""
     place = place or Place()
     base = None if base_is_local else ledger.base_model
-    body = ["# Global adapter", "", *_merge(ledger), "", *_contributions(ledger), ""]
+    body = ["# Global adapter", "", *_merge(ledger), "", *_contributions(ledger), "", *_screening(ledger)]
     body += [*_use(base, place.repo), *_results(results), *_reproduction(ledger, place)]
     body += ["No averaging rule stops a backdoor whose update is as large as an honest one: evaluate what you use."]
     return _card(base, task_type, "lora-merge-global", place.repo, results, body)
@@ -136,7 +137,7 @@ def _eval_results(results: Results) -> list[Any]:
 
 def _merge(ledger: Ledger) -> Iterator[str]:
     yield f"{len(ledger.contributions)} LoRA adapters that were fine-tuned apart, merged by `lora-merge aggregate`:"
-    how = f"method `{_cell(ledger.method)}`, weights by {_cell(ledger.weighting)}"
+    how = f"method `{_cell(ledger.method)}`, weights by {_words(ledger.weighting)}"
     yield f"{how}, global learning rate {ledger.global_lr:g}."
     yield ""
     yield from _robust(ledger)
@@ -174,6 +175,17 @@ def _contributions(ledger: Ledger) -> Iterator[str]:
         digest = contribution.sha256.get("adapter_model.safetensors", "")[:16]
         cells = (_cell(contribution.client_id), origin(contribution), examples, f"{contribution.share:.4f}")
         yield f"| {' | '.join(cells)} | `{digest}…` |"
+
+
+def _screening(ledger: Ledger) -> Iterator[str]:
+    """Who was named and not merged, and what was merged although it stood out."""
+    lines = [f"* Left out: {_cell(each.source)}, since: {_words(each.reason)}" for each in ledger.left_out]
+    lines += [f"* Let in although it stood out: {_words(line)}" for line in ledger.waved_through]
+    yield from lines[:MAX_LINES]
+    if len(lines) > MAX_LINES:
+        yield f"* And {len(lines) - MAX_LINES} more, in aggregation.json."
+    if lines:
+        yield ""
 
 
 def origin(contribution: Contribution) -> str:
@@ -259,7 +271,9 @@ def _command(ledger: Ledger) -> str:
     for name in ("density", "clip", "robust", "byzantine", "trim"):
         words += [f"--{name} {_cell(str(ledger.options[name]))}"] if ledger.options.get(name) is not None else []
     words += [f"--seed {seed}"] if isinstance(seed := ledger.options.get("seed"), int) and seed else []
-    words += [f"--weights {'FILE' if ledger.weighting == 'given' else _cell(ledger.weighting)}"]
+    rule, _, cap = ledger.weighting.partition(", at most ")
+    words += [f"--weights {'FILE' if rule == 'given' else _cell(rule)}"]
+    words += [f"--cap-examples {_cell(cap.removesuffix(' each'))}"] if cap else []
     words += [f"--global-lr {ledger.global_lr:g}"] if ledger.global_lr != 1 else []
     words += [f"--dtype {_cell(ledger.dtype)}"] if ledger.dtype != "fp32" else []
     return " ".join([*words, "--output global"])
@@ -272,6 +286,12 @@ def _pinned(contribution: Contribution) -> str:
 def _cell(text: str) -> str:
     """A stranger's text in a Markdown table: a folder's name may hold anything, so only plain letters go through."""
     return "".join(char if char.isalnum() or char in "._-/" else "�" for char in text[:200])
+
+
+def _words(text: str) -> str:
+    """A sentence with a stranger's words in it: letters, digits and points, but no markup and no address."""
+    plain = "".join(char if char.isalnum() or char in " ._-/,:;()%'" else "�" for char in text[:500])
+    return plain.replace("://", "�")
 
 
 def _range(ranks: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.intake import Accepted
 from lora_merge.screening import dominant, identical, nearly_identical, outliers
 
-AWAY = -0.1  # a cosine below it is no coincidence between updates of so many numbers
+AWAY = -0.2  # a cosine below it is no coincidence between updates of so many numbers
 
 
 def num_examples(client: Description) -> int | None:

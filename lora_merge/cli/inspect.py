@@ -48,7 +48,7 @@ def inspect(
         found = run(cast("list[str | Path]", sources), screening=screening, reading=reading)
         for warning in found.warnings:
             out.warn(warning)
-        made = "\n".join(_pin(client) for client in found.clients if not client.stops)
+        made = [_pin(client) for client in found.clients if not client.stops]
         out.result({**asdict(found), "would_stop": found.would_stop}, made=made, show=lambda: _shown(found))
         if found.would_stop:
             raise typer.Exit(3)
@@ -120,8 +120,8 @@ def _table(found: "Inspection", names: Sequence[str]) -> "Table":
 
 def _findings(found: "Inspection") -> Iterator[str]:
     yield ""
-    yield "to mean: cosine to the weighted mean. leaving out: how far the mean moves without it."
-    yield "top: the largest singular values' share of the squared norm. rank: effective, of a module."
+    yield "to mean: cosine to the weighted mean; leaving out: how far that moves without it"
+    yield "top: the largest singular values' share of norm^2; rank: effective, by module"
     if found.not_measured:
         yield f"not measured, for want of the base model: {_few(found.not_measured)}"
     for client in found.clients:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lora_merge.card import Place, global_card
-from lora_merge.ledger import Contribution, Ledger
+from lora_merge.ledger import Contribution, Ledger, LeftOut
 from lora_merge.publish.prepare import prepare
 from tests.hub.client import Client
 from tests.hub.server import LocalHub
@@ -96,6 +96,20 @@ def test_the_command_names_the_repository_where_there_is_a_lock(ledger: Ledger) 
 def test_the_command_names_each_commit_where_there_is_none(ledger: Ledger) -> None:
     command = f"lora-merge aggregate org/client-a@{COMMITS[0]} org/client-b@{COMMITS[1]} --method exact"
     assert command in written(ledger)
+
+
+def test_who_was_left_out_or_let_in_is_said(ledger: Ledger) -> None:
+    assert "Left out" not in written(ledger)
+    left_out = [LeftOut(f"org/x{number}", "layer: holds NaN | <b>") for number in range(50)]
+    shown = written(dataclasses.replace(ledger, left_out=left_out, waved_through=["org/y: update: has the norm 9"]))
+    assert "* Left out: org/x0, since: layer: holds NaN � �b�" in shown.splitlines()
+    assert "* And 11 more, in aggregation.json." in shown.splitlines()
+
+
+def test_capped_counts_are_in_the_command(ledger: Ledger) -> None:
+    shown = written(dataclasses.replace(ledger, weighting="examples, at most 250 each"))
+    assert "weights by examples, at most 250 each," in shown
+    assert "--weights examples --cap-examples 250 " in shown
 
 
 def test_private_inputs_are_said(ledger: Ledger) -> None:

@@ -1,0 +1,142 @@
+"""`lora-merge inspect`: a table before merging, of every adapter, the refused ones too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_merge.cli.heat_map import ASCII, BLOCKS, heat_map, shades
+from tests.cli.running import Run, lora_merge
+from tests.cli.test_aggregate import LORA_A, client, poison
+from tests.cli.test_screening import LORA_B, boosted, changed, rotated
+
+__all__ = ["lora_merge"]
+
+SEEDS = {"a": 0, "b": 1, "c": 2, "d": 3}
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> None:
+    for name, seed in SEEDS.items():
+        client(tmp_path / name, seed=seed, num_examples=100)
+
+
+def inspected(lora_merge: Run, *arguments: str, code: int = 0) -> Any:
+    found, out, _ = lora_merge("inspect", *arguments, "--json")
+    assert found == code
+    return json.loads(out)
+
+
+def delta(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return (tensors[LORA_B] @ tensors[LORA_A]).double()
+
+
+@pytest.mark.usefixtures("four")
+def test_its_numbers_are_those_of_the_dense_updates(lora_merge: Run, tmp_path: Path) -> None:
+    found = inspected(lora_merge, "[abcd]")
+    deltas = torch.stack([delta(tmp_path / name) for name in SEEDS])
+    mean = deltas.mean(dim=0)
+    unit = deltas.flatten(1) / deltas.flatten(1).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(found["cosines"]).double(), unit @ unit.mT, atol=1e-5, rtol=0)
+    for index, each in enumerate(found["clients"]):
+        own, others = deltas[index], (deltas.sum(dim=0) - deltas[index]) / 3
+        values = torch.linalg.svdvals(own).square()
+        assert each["norm"] == pytest.approx(float(own.norm()), rel=1e-5)
+        assert each["cosine_to_mean"] == pytest.approx(float((own * mean).sum() / own.norm() / mean.norm()), abs=1e-5)
+        assert each["cosine_to_others"] == pytest.approx(
+            float((own * others).sum() / own.norm() / others.norm()), abs=1e-5
+        )
+        assert each["influence"] == pytest.approx(float((mean - others).norm() / mean.norm()), rel=1e-5)
+        assert each["top_share"] == pytest.approx(float(values[0] / values.sum()), rel=1e-5)
+        assert each["effective_rank"] == pytest.approx(float(values.sum() ** 2 / values.square().sum()), rel=1e-5)
+    assert found["mean_norm"] == pytest.approx(float(mean.norm()), rel=1e-5)
+    assert found["would_stop"] is False
+
+
+@pytest.mark.usefixtures("four")
+def test_every_refused_adapter_is_named_and_the_others_are_shown(lora_merge: Run, tmp_path: Path) -> None:
+    poison(tmp_path / "b", float("nan"))
+    (tmp_path / "c" / "adapter_model.safetensors").write_bytes(b"no")
+    client(tmp_path / "e", width=12, num_examples=100)
+    found = inspected(lora_merge, "[a-e]", code=3)
+    assert [each["client_id"] for each in found["clients"]] == ["org/a", "org/d"]
+    assert sorted(each["source"] for each in found["left_out"]) == ["b", "c", "e"]
+    assert len(found["refused"]) == 3
+    code, out, _ = lora_merge("inspect", "[a-e]")
+    assert code == 3
+    for line in ("left out: b: ", "left out: c: ", "left out: e: layer: is linear 12x12"):
+        assert line in out
+
+
+@pytest.mark.usefixtures("four")
+def test_what_would_stop_a_merge_is_said_and_ends_in_3(lora_merge: Run, tmp_path: Path) -> None:
+    changed(tmp_path / "a", boosted)
+    statement = tmp_path / "b" / "lora_merge.json"
+    statement.write_text(statement.read_text().replace("100", "90000"))
+    found = inspected(lora_merge, "[abcd]", code=3)
+    assert [len(each["stops"]) for each in found["clients"]] == [1, 1, 0, 0]
+    assert lora_merge("inspect", "[abcd]", "-q")[:2] == (3, "c\nd\n")
+    code, out, _ = lora_merge("inspect", "[abcd]", "--exclude", "[ab]")
+    assert code == 0
+    assert "left out: a: excluded by [ab]" in out
+
+
+@pytest.mark.usefixtures("four")
+def test_copies_and_sign_flips_are_flagged(lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / "e", seed=0, num_examples=100)
+    changed(client(tmp_path / "f", seed=0, num_examples=100), rotated)
+    changed(client(tmp_path / "g", seed=0, num_examples=100), lambda tensors: tensors[LORA_B].neg_())
+    found = {each["client_id"]: " ".join(each["flags"]) for each in inspected(lora_merge, "[a-g]")["clients"]}
+    assert "has the same weights as org/a" in found["org/e"]
+    assert "nearly the update of org/a (cosine 1.00000)" in found["org/f"]
+    assert "points away from the others' mean" in found["org/g"]
+    assert found["org/c"] == ""
+
+
+def test_without_counts_every_client_weighs_the_same(lora_merge: Run, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        client(tmp_path / name, seed=seed, num_examples=100 if name == "a" else None)
+    found = inspected(lora_merge, "a", "b")
+    assert [each["share"] for each in found["clients"]] == [0.5, 0.5]
+    assert "states no num_examples" in found["clients"][0]["flags"][0]
+
+
+@pytest.mark.usefixtures("four")
+def test_the_table_fits_80_columns_when_piped(lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / ("long-" * 12), seed=9, num_examples=100)
+    code, out, _ = lora_merge("inspect", "[abcd]", "long*")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+    assert "100  " in out
+
+
+def test_hostile_names_reach_no_terminal(lora_merge: Run, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "\x1b[31m[bold]b\nrefused: c")):
+        client(tmp_path / name, seed=seed, num_examples=None)
+    code, out, err = lora_merge("inspect", "*")
+    assert code == 0
+    assert "\x1b" not in out + err
+    assert "[bold]" in out
+    assert not any(line.startswith("refused") for line in out.splitlines())
+
+
+def test_nothing_there_is_not_found(lora_merge: Run) -> None:
+    assert lora_merge("inspect", "none-*")[0] == 4
+
+
+def test_the_map_has_a_character_for_each_step() -> None:
+    lines = list(heat_map(["a", "bb"], [[1.0, -0.5], [0.3, 0.0]], BLOCKS))
+    assert lines[1:] == [" a |██--|", "bb |░░  |"]
+    assert list(heat_map(["a"], [[0.7]], ASCII))[1] == "a |**|"
+    assert "too wide" in next(heat_map(["a"] * 61, [[0.0] * 61] * 61, BLOCKS))
+    assert max(map(len, heat_map(["x" * 16] * 60, [[0.5] * 60] * 60, BLOCKS))) <= 80
+
+
+def test_blocks_are_only_for_streams_that_can_show_them() -> None:
+    assert shades("utf-8") == shades("UTF8") == BLOCKS
+    assert shades("ascii") == shades("iso8859-1") == shades(None) == ASCII
