@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, plain
+from lora_merge.cli.push import MAX_WAIT, MaxWaitOption
 
 if TYPE_CHECKING:
     from lora_merge.evaluation.comparison import Comparison, Question
@@ -35,7 +36,9 @@ class WeightType(StrEnum):
 
 
 def evaluate(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders: clients' and merged ones.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Clients' adapters and merged ones: folders, ORG/NAME, ORG/PATTERN-*.")
+    ],
     base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
     data: Annotated[str, typer.Option(help="Held-out rows: JSON lines (also .gz), or what `datasets` can read.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Show each model's answer to this; may be repeated.")] = None,
@@ -50,6 +53,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals, and of --limit.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write what --json prints here.")] = None,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -74,6 +78,7 @@ def evaluate(
             dtype=dtype.value,
             device=device,
             seed=seed,
+            max_wait=max_wait,
         )
         comparison = compare(
             question, progress=lambda name, rows: out.progress(name, rows, "rows"), tell=out.say, warn=out.warn

@@ -18,7 +18,9 @@ class FileType(StrEnum):
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="GLOBAL", help="The merged adapter's folder (or a client's).")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="GLOBAL", help="The merged adapter (or a client's): its folder, or ORG/NAME.")
+    ],
     base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
     output: Annotated[Path, typer.Option(help="The model folder to make.")],
     dtype: Annotated[FileType, typer.Option(help="Float type of the file; the sum is always in fp32.")] = FileType.fp32,

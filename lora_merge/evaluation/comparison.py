@@ -15,8 +15,9 @@ from lora_merge.environment import device_named
 from lora_merge.evaluation.answers import answer_nll, greedy_answer
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
-from lora_merge.evaluation.models import attach, is_global, load_base, open_adapters
+from lora_merge.evaluation.models import Opened, attach, is_global, load_base, open_adapters
 from lora_merge.sources.base_models import FoundBase, find_model, weights_sha256
+from lora_merge.sources.rooms import MAX_WAIT
 from lora_merge.training.base_model import load_tokenizer
 from lora_merge.training.data import read_rows
 
@@ -29,7 +30,7 @@ class Question:
 
     Attributes:
         base: the base model: a folder, or a repository id.
-        adapters: adapter folders, of clients and merged ones.
+        adapters: folders, repositories and patterns of them, as `aggregate` takes them; of clients and merged ones.
         data: the held-out rows: JSON lines, or what `datasets` can read.
         prompts: texts that each model answers.
         prompt_form: plain, alpaca or chat; None is the one that the adapters state, or plain.
@@ -40,10 +41,11 @@ class Question:
         dtype: of the base's weights: fp32 or bf16. The adapters are fp32.
         device: auto, cpu, cuda or cuda:N.
         seed: of the bootstrap, and of `limit`.
+        max_wait: seconds that all waits for a busy Hub may take together.
     """
 
     base: str
-    adapters: tuple[Path, ...]
+    adapters: tuple[str | Path, ...]
     data: str
     prompts: tuple[str, ...] = ()
     prompt_form: str | None = None
@@ -54,6 +56,7 @@ class Question:
     dtype: str = "fp32"
     device: str = "auto"
     seed: int = 0
+    max_wait: float = MAX_WAIT
 
 
 @dataclass(frozen=True)
@@ -100,15 +103,16 @@ def compare(
     """
     device = device_named(question.device)
     rows = read_rows(question.data)
-    with open_adapters(question.adapters) as adapters:
-        found = find_model(question.base, tell)
+    with open_adapters(question.adapters, tell=tell, max_wait=question.max_wait) as opened:
+        adapters = [each.adapter for each in opened]
+        found = find_model(question.base, tell, max_wait=question.max_wait)
         _warn_of_other_bases(found, adapters, warn)
         tokenizer = load_tokenizer(found)
         form = question.prompt_form or stated_prompt_form(adapters)
         base = load_base(found, question.dtype, device)
         held_out = held_out_of(rows, tokenizer, form, _longest(base, question), question.limit, question.seed)
         tell(f"Prompt form {form}; {len(held_out.examples)} rows, {held_out.tokens.sum()} answer tokens")
-        names, kinds = ("base", *_names(adapters)), ("base", *map(_kind, question.adapters))
+        names, kinds = ("base", *_names(opened)), ("base", *map(_kind, adapters))
         with pool(None if device.type == "cpu" else 1) as threads:
             measure = _Measure(question, held_out, tokenizer, threads, progress, tell)
             measured = [measure(base, names[0])]
@@ -176,16 +180,14 @@ def scores_of(names: Sequence[str], kinds: Sequence[str], losses: Losses) -> lis
     return scores
 
 
-def _kind(folder: Path) -> str:
-    return "global" if is_global(folder) else "local"
+def _kind(adapter: PeftFolder) -> str:
+    return "global" if is_global(adapter.folder) else "local"
 
 
-def _names(adapters: Sequence[PeftFolder]) -> list[str]:
-    """What each client says that it is called, else its folder's name; the whole path where two are the same."""
-    names = [adapter.statement.client_id if adapter.statement else adapter.folder.name for adapter in adapters]
-    return [
-        name if names.count(name) == 1 else str(adapter.folder) for name, adapter in zip(names, adapters, strict=True)
-    ]
+def _names(opened: Sequence[Opened]) -> list[str]:
+    """What each is called; where two are called the same, where they lie."""
+    names = [each.name for each in opened]
+    return [name if names.count(name) == 1 else each.place for name, each in zip(names, opened, strict=True)]
 
 
 def _longest(base: Any, question: Question) -> int:

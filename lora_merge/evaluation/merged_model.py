@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.errors import UsageError
 from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
 from lora_merge.sources.base_models import find_model
 from lora_merge.training.base_model import load_tokenizer
@@ -31,14 +32,20 @@ class Exported:
 
 
 def export(
-    adapter: Path, base: str, output: Path, *, dtype: str = "fp32", force: bool = False, tell: Callable[[str], None]
+    adapter: str | Path,
+    base: str,
+    output: Path,
+    *,
+    dtype: str = "fp32",
+    force: bool = False,
+    tell: Callable[[str], None],
 ) -> Exported:
     """Write the base model with the adapter's update merged into its weights, and the base's tokenizer.
 
     The update is added in fp32 and rounded once, at the file: added to bf16 weights, much of a small update is lost.
 
     Args:
-        adapter: an adapter folder, merged or one client's.
+        adapter: an adapter's folder or repository, merged or one client's.
         base: the base model's folder or repository id.
         output: the folder to make.
         dtype: of the file: fp32, bf16 or fp16.
@@ -50,11 +57,13 @@ def export(
         NotFoundError, NetworkError: the adapter or the base is not there.
     """
     check_free(output, force=force)
-    with open_adapters([adapter]) as opened:
+    with open_adapters([adapter], tell=tell) as opened:
+        if len(opened) != 1:
+            raise UsageError(f"{adapter} names {len(opened)} adapters; one is exported.")
         found = find_model(base, tell)
         load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
         tell(f"Merging {adapter} into {base} in fp32")
-        model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0])
+        model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)
     merged = model.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     tell(f"Writing {output}")
     with atomic_folder(output, force=force) as folder:

@@ -3,7 +3,8 @@
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,19 @@ from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.writer import merged_config
-from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.errors import Problem, RefusedError
 from lora_merge.sources.base_models import FoundBase
+from lora_merge.sources.reference import Advance, Progress, Tell
+from lora_merge.sources.rooms import MAX_WAIT, open_rooms
 from lora_merge.training.base_model import load_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+def silent(label: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+    """A progress that nobody sees."""
+    return nullcontext(lambda steps: None)
 
 
 def load_base(found: FoundBase, dtype: str, device: torch.device) -> Any:
@@ -37,43 +45,47 @@ def is_global(folder: Path) -> bool:
     return (folder / LEDGER_NAME).is_file()
 
 
-def open_adapter(folder: Path) -> PeftFolder:
-    """Open an adapter folder by the strict reader: no adapter comes near PEFT that it has not accepted.
+@dataclass(frozen=True)
+class Opened:
+    """An accepted adapter and where it came from: a repository's id, or a folder's path."""
 
-    Raises:
-        NotFoundError: there is no such folder.
-        RefusedError: with every reason.
-    """
-    if not folder.is_dir():
-        raise NotFoundError(f"There is no adapter folder {folder}.")
-    try:
-        return open_folder(folder)
-    except FolderRefused as refused:
-        raise RefusedError(refused.problems(str(folder))) from refused
+    adapter: PeftFolder
+    place: str
+
+    @property
+    def name(self) -> str:
+        """What the client says that it is called; else its folder's name, or its repository."""
+        if self.adapter.statement:
+            return self.adapter.statement.client_id
+        return self.adapter.folder.name if self.place == str(self.adapter.folder) else self.place
 
 
 @contextmanager
-def open_adapters(folders: Sequence[Path]) -> Iterator[list[PeftFolder]]:
-    """Open adapter folders, and close them when the block ends.
+def open_adapters(
+    sources: Sequence[str | Path], *, tell: Tell, progress: Progress = silent, max_wait: float = MAX_WAIT
+) -> Iterator[list[Opened]]:
+    """Open the adapters that sources name, as `aggregate` takes them, and close them when the block ends.
 
     Raises:
-        NotFoundError: one is not there.
+        NotFoundError: one is not there, or may not be read.
         RefusedError: with every reason of every one that is refused.
+        NetworkError: the Hub cannot be reached.
     """
-    opened: list[PeftFolder] = []
-    problems: list[Problem] = []
-    try:
-        for folder in folders:
+    with open_rooms(max_wait, tell) as rooms, ExitStack() as stack:
+        candidates = rooms.examine(rooms.expand(sources))
+        folders = rooms.fetch(candidates, progress)
+        for note in rooms.notes:
+            tell(note)
+        opened, problems = [], list[Problem]()
+        for candidate, folder in zip(candidates, folders, strict=True):
             try:
-                opened.append(open_adapter(folder))
-            except RefusedError as refused:
-                problems += refused.problems
+                adapter = stack.enter_context(closing(open_folder(folder)))
+                opened.append(Opened(adapter, candidate.ref.place))
+            except FolderRefused as refused:
+                problems += refused.problems(candidate.ref.place)
         if problems:
             raise RefusedError(problems)
         yield opened
-    finally:
-        for adapter in opened:
-            adapter.close()
 
 
 def attach(base: Any, adapter: PeftFolder) -> Any:

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
+from lora_merge.checkpoint.peft_folder import open_folder
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
 from lora_merge.evaluation.comparison import Comparison, Question, compare, scores_of
 from lora_merge.evaluation.held_out import stated_prompt_form
 from lora_merge.evaluation.intervals import bootstrap
-from lora_merge.evaluation.models import open_adapter
 from lora_merge.statement import BaseModel, RecipeRef, Statement
 
 Ask = Callable[..., Comparison]
@@ -144,7 +144,7 @@ def test_nothing_is_measured_when_an_adapter_is_missing_or_refused(
     (tmp_path / "bare").mkdir()
     with pytest.raises(RefusedError) as caught:
         ask(adapters=(tmp_path / "bare", *adapters, tmp_path / "empty"))
-    assert {problem.client for problem in caught.value.problems} == {str(tmp_path / name) for name in ("bare", "empty")}
+    assert {problem.client for problem in caught.value.problems} == {"bare", "empty"}
 
 
 def test_the_prompt_form_is_the_one_that_the_clients_state(adapters: tuple[Path, ...], tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_prompt_form_is_the_one_that_the_clients_state(adapters: tuple[Path,
         return tmp_path / name
 
     def form(*folders: Path) -> str:
-        return stated_prompt_form([open_adapter(folder) for folder in folders])
+        return stated_prompt_form([open_folder(folder) for folder in folders])
 
     chat, alpaca, silent = client("chat", "chat"), client("alpaca", "alpaca"), client("silent", None)
     assert form(chat, silent) == "chat"

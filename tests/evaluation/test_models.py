@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_merge.checkpoint.peft_folder import FolderRefused, open_folder
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
-from lora_merge.evaluation.models import attach, open_adapter
+from lora_merge.evaluation.models import attach
 from lora_merge.sources.base_models import find_model
 from tests import models
 from tests.adapters import KINDS, Kind
@@ -33,7 +34,7 @@ def test_an_attached_adapter_computes_what_peft_computes(kind: Kind, federations
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = models.logits(PeftModel.from_pretrained(kind.build(), str(folder)).eval())
-        assert torch.allclose(models.logits(attach(base, open_adapter(folder))), expected, atol=1e-6)
+        assert torch.allclose(models.logits(attach(base, open_folder(folder))), expected, atol=1e-6)
 
 
 @each_kind
@@ -41,7 +42,7 @@ def test_adapters_leave_nothing_behind_in_the_base(kind: Kind, federations: Fede
     base = kind.build()
     before = copy.deepcopy(base.state_dict())
     for folder in federations(kind).clients:
-        attach(base, open_adapter(folder))
+        attach(base, open_folder(folder))
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -49,7 +50,7 @@ def test_adapters_leave_nothing_behind_in_the_base(kind: Kind, federations: Fede
 
 def test_the_matrices_of_the_base_are_shared_not_copied(tmp_path: Path) -> None:
     model = models.llama()
-    attached = attach(model, open_adapter(client_of_llama(tmp_path)))
+    attached = attach(model, open_folder(client_of_llama(tmp_path)))
     layer, original = attached.model.layers[0], model.model.layers[0]
     assert layer.mlp.up_proj.weight is original.mlp.up_proj.weight
     assert layer.self_attn.q_proj.base_layer.weight is original.self_attn.q_proj.weight
@@ -66,7 +67,7 @@ def test_an_adapter_of_a_larger_base_is_refused_by_name(tmp_path: Path) -> None:
     deeper = {name.replace("layers.1.", "layers.7."): tensor.clone() for name, tensor in tensors.items()}
     save_file({**tensors, **deeper}, wide / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RefusedError, match=r"of-llama.*no place for model\.layers\.7"):
-        attach(models.llama(), open_adapter(wide))
+        attach(models.llama(), open_folder(wide))
 
 
 def test_an_adapter_of_another_width_is_refused(adapters: tuple[Path, ...], tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_an_adapter_of_another_width_is_refused(adapters: tuple[Path, ...], tmp_
     tensors = {name: t[:, :3].contiguous() if "lora_A" in name else t for name, t in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(RefusedError, match="size mismatch"):
-        attach(models.llama(), open_adapter(narrow))
+        attach(models.llama(), open_folder(narrow))
 
 
 def test_a_target_pattern_that_would_never_end_is_never_evaluated(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_target_pattern_that_would_never_end_is_never_evaluated(tmp_path: Path
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = "(.*.*)*.*=" * 8
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    attach(models.llama(), open_adapter(folder))
+    attach(models.llama(), open_folder(folder))
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:
@@ -93,15 +94,15 @@ def test_nan_is_refused(tmp_path: Path) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RefusedError, match="NaN"):
-        attach(models.llama(), open_adapter(folder))
+        attach(models.llama(), open_folder(folder))
 
 
 def test_a_pickle_is_refused(adapters: tuple[Path, ...], tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(adapters[0], folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(RefusedError, match="pickle"):
-        open_adapter(folder)
+    with pytest.raises(FolderRefused, match="pickle"):
+        open_folder(folder)
 
 
 def test_a_base_that_is_nowhere_says_so(tmp_path: Path) -> None:
