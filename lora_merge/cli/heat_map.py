@@ -17,8 +17,8 @@ def heat_map(names: Sequence[str], cosines: Sequence[Sequence[float]], shade: st
     if len(names) > MOST:
         yield f"The map of {len(names)} clients is too wide; --json has the cosines."
         return
-    steps = ", ".join(f"'{char}' to {0.2 * (step + 1):.1f}" for step, char in enumerate(shade))
-    yield f"cosines: '{AWAY}' below 0, {steps}"
+    steps = ", ".join(f"'{char}' {0.2 * (step + 1):.1f}" for step, char in enumerate(shade))
+    yield f"cosines up to: {steps}; '{AWAY}' below 0"
     wide = 1 + (len(names) <= MOST // 2)
     label = max(map(len, names), default=0)
     for name, row in zip(names, cosines, strict=True):

@@ -26,7 +26,7 @@ def inspect(
     sources: Annotated[list[str], typer.Argument(help="Folders, ORG/NAME, 'ORG/PATTERN-*', URLs, as in aggregate.")],
     allow_list: AllowListOption = None,
     exclude: ExcludeOption = None,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300.0,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -120,7 +120,7 @@ def _table(found: "Inspection", names: Sequence[str]) -> "Table":
 
 def _findings(found: "Inspection") -> Iterator[str]:
     yield ""
-    yield "to mean: cosine to the weighted mean; leaving out: how far that moves without it"
+    yield "to mean: cosine to the weighted mean; leaving out: how far it then moves"
     yield "top: the largest singular values' share of norm^2; rank: effective, by module"
     if found.not_measured:
         yield f"not measured, for want of the base model: {_few(found.not_measured)}"
