@@ -51,8 +51,7 @@ def require_unchanged(locked: Lock, lock: Lock) -> None:
     """Raise `VerificationError` where a merge would not be the one that is locked."""
     if found := locked.differences(lock):
         raise VerificationError(
-            "\n".join(
-                ["The merge would change what is locked; nothing was written.", *(f"  {line}" for line in found)]
-            ),
+            "The merge would change what is locked; nothing was written.",
+            more=[f"  {line}" for line in found],
             hint="Leave out --locked to merge these inputs and write the lock anew.",
         )

@@ -130,7 +130,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a YAML file: {error}") from error
+        raise UsageError(f"{path}: not a YAML file: {_said(error)}") from error
     return read(text, path, overrides)
 
 
@@ -163,7 +163,7 @@ def check(data: Mapping[str, Any], where: str) -> Recipe:
             problems.append(f"{key} {error}, is {str(value)[:60]!r}")
     problems = problems or _contradictions(values)
     if problems:
-        raise UsageError("\n".join([f"{where}: not a valid recipe:", *(f"  {problem}" for problem in problems)]))
+        raise UsageError(f"{where}: not a valid recipe:", more=[f"  {problem}" for problem in problems])
     return Recipe(**values)
 
 
@@ -241,10 +241,14 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         data = read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: not a YAML file: {error}") from error
+        raise UsageError(f"{path}: not a YAML file: {_said(error)}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UsageError(f"{path}: not a recipe: must be a mapping from setting to value.")
     return data
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -256,7 +260,7 @@ def _override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), read_yaml(value)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not YAML: {error}") from error
+        raise UsageError(f"--set {text}: the value is not YAML: {_said(error)}") from error
 
 
 def _without_rival(data: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

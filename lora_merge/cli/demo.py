@@ -24,8 +24,8 @@ SETTINGS = "demo.json"
 # What --force removes; the base model stays, for it depends on no option.
 MADE = ("data", "clients", "global", "logs", "evaluation.json", "commands.sh", SETTINGS)
 _BEGINNING = (
-    "{clients} organisations fine-tune one model apart, each on rows of its own; one merge of what they learnt makes\n"
-    "the global model. Some minutes on two cores. Everything goes into {output}, and stays there."
+    "{clients} organisations fine-tune one model apart, each on rows of its own; one merge of what they learnt makes",
+    "the global model. Some minutes on two cores. Everything goes into {output}, and stays there.",
 )
 
 
@@ -67,7 +67,8 @@ def demo(
             _open(output, {"clients": clients, "steps": steps, "base": str(base) if base else None}, force)
             cores = _cores()
             made = plan(output, AREAS[:clients], steps=steps, base=base, threads=_threads(cores))
-            out.say(_BEGINNING.format(clients=clients, output=output))
+            for line in _BEGINNING:
+                out.say(line.format(clients=clients, output=output))
             with _stoppable():
                 seconds = _run(out, output, made, at_once=min(2, cores))
             record = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
@@ -131,7 +132,8 @@ def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, flo
         if seconds:  # something before was made anew, so what came of its old version must be too
             _remove([step.makes for step in steps])
         due = [step.resumed() for step in steps if not step.makes.exists()]
-        out.say(f"\n{number}/{len(stages)} {title}")
+        out.say()
+        out.say(f"{number}/{len(stages)} {title}")
         for path in (step.makes for step in steps if step.makes.exists()):
             out.say(f"  {path} is there already")
         for step in due:
@@ -140,7 +142,9 @@ def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, flo
         seconds.update(crew.run(due, at_once))
         if due:
             out.say(f"  {time.monotonic() - began:.0f} s")
-    out.say(f"\nAll of it took {time.monotonic() - start:.0f} s.\n")
+    out.say()
+    out.say(f"All of it took {time.monotonic() - start:.0f} s.")
+    out.say()
     return {name: round(value, 1) for name, value in seconds.items()}
 
 

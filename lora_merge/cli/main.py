@@ -1,7 +1,6 @@
 """`lora-merge`: the application, and the table of its commands."""
 
 import json
-import os
 import sys
 from typing import Annotated
 
@@ -15,7 +14,7 @@ from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
 from lora_merge.cli.inspect import inspect
-from lora_merge.cli.output import SCHEMA_VERSION, Output, discard
+from lora_merge.cli.output import SCHEMA_VERSION, Output, discard, open_streams
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults
@@ -63,9 +62,7 @@ app.add_typer(recipes_app, name="recipes")
 
 def main() -> None:
     """The console script. A wrong command line is exit 2, as JSON where ``--json`` was asked for."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller: the next file to be opened must not get its place
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    open_streams()
     try:
         code = _run()
         sys.stdout.flush()

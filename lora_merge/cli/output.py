@@ -8,9 +8,10 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -42,6 +43,16 @@ def plain(text: object) -> Text:
     return Text(printable(text))
 
 
+def open_streams() -> None:
+    """See to it that whatever is printed can be: by its escapes, where a locale has no é; to nowhere, if closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the next file to be opened must not get its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def discard(stream: TextIO) -> None:
     """Send what is left in a stream that cannot be written, and all that follows, to nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -58,20 +69,20 @@ class Output:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show an é is no error
+        open_streams()
         # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
         self._stdout = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
         self._lost = False  # whether stdout could not be written
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def result(self, data: dict[str, Any], *, made: str = "", show: Callable[[], RenderableType] | None = None) -> None:
-        """Print the command's result: `data` under ``--json``, `made` alone under ``-q``, else what `show` draws."""
+    def result(
+        self, data: dict[str, Any], *, made: str | Sequence[str] = "", show: Callable[[], RenderableType] | None = None
+    ) -> None:
+        """Print the result: `data` under ``--json``, `made` (a line each) under ``-q``, else what `show` draws."""
         if self.as_json:
             self._write(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False) + "\n")
         elif self.quiet:
-            self._write(printable(made) + "\n")
+            self._write("".join(one_line(line) + "\n" for line in ([made] if isinstance(made, str) else made)))
         elif show is not None:
             drawn = show()
             with self._to_stdout(), self._stdout.capture() as capture:
@@ -81,7 +92,7 @@ class Output:
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
         if not (self.quiet or self.as_json):
-            self._talk(plain(text))
+            self._talk(Text(one_line(text)))
 
     def warn(self, text: object) -> None:
         """A warning, to stderr, in every mode."""
@@ -111,16 +122,16 @@ class Output:
         except KeyboardInterrupt as error:
             self._fail(130, "Interrupted; nothing half-written was left.", resume, error)
         except OSError as error:
-            self._fail(7, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "", error)
+            self._fail(7, one_line(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")), "", error)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             hint = "This is a bug of lora-merge: please report it with what --debug prints."
-            self._fail(1, f"{type(error).__name__}: {error}", hint, error)
+            self._fail(1, one_line(f"{type(error).__name__}: {error}"), hint, error)
 
     def usage_error(self, message: str) -> None:
         """Say that the command line itself is wrong."""
-        self._talk(Text("error: ", style="bold red") + plain(message))
+        self._talk(Text("error: ", style="bold red") + Text(one_line(message)))
         self._talk(Text("hint: ", style="cyan") + plain("lora-merge --help"))
 
     def _write(self, text: str) -> None:
@@ -149,7 +160,7 @@ class Output:
 
     def _fail(self, code: int, message: str, hint: str, error: BaseException) -> None:
         if self.debug:
-            self._talk(plain("".join(traceback.format_exception(error))))
+            self._talk(plain(textwrap.indent("".join(traceback.format_exception(error)), "  ")))
         if self.as_json and not self._lost:
             record: dict[str, Any] = {"code": code, "message": message, "hint": hint}
             if isinstance(error, RefusedError):

@@ -25,7 +25,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False, debug:
         from lora_merge.recipe import load, shipped
 
         recipes = [load(path.stem) for path in shipped()]
-        names = "\n".join(loaded.recipe.name for loaded in recipes)
+        names = [loaded.recipe.name for loaded in recipes]
         out.result({"recipes": [_record(loaded) for loaded in recipes]}, made=names, show=lambda: _table(recipes))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.card import Result, Results
-from lora_merge.errors import NotFoundError, UsageError, one_line
+from lora_merge.errors import NotFoundError, UsageError
 
 
 def read_results(path: Path, *, kind: str, name: str | None) -> Results:
@@ -33,7 +33,7 @@ def read_results(path: Path, *, kind: str, name: str | None) -> Results:
     if len(own) != 1:
         wanted = f"{kind} model" + (f" called {name}" if name else "")
         raise UsageError(f"{path} has {len(own)} rows of a {wanted}; a card is about one.")
-    return Results(one_line(source), rows, models, own[0])
+    return Results(source, rows, models, own[0])
 
 
 def _result(entry: Mapping[str, Any]) -> Result:

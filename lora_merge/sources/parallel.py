@@ -83,4 +83,4 @@ def _whole(
 def _all_missing(errors: Sequence[NotFoundError]) -> NotFoundError:
     lines = [error.message for error in errors]
     shown = lines[:MAX_SHOWN] + ([f"and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
-    return NotFoundError("\n".join(shown), hint=next((error.hint for error in errors if error.hint), ""))
+    return NotFoundError(shown[0], more=shown[1:], hint=next((error.hint for error in errors if error.hint), ""))
