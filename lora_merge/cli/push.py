@@ -25,7 +25,8 @@ CreatePrOption = Annotated[
     bool, typer.Option("--create-pr", help="Propose it as a pull request, in somebody else's repository.")
 ]
 MaxWaitOption = Annotated[
-    float, typer.Option(min=0, help="Seconds to wait for a Hub that is busy or cannot be reached.")
+    float,
+    typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together; reading and publishing each."),
 ]
 MAX_WAIT = 300.0  # the default of --max-wait: the Hub counts its limits by five minutes
 

@@ -25,7 +25,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Only identical bytes will do.")] = False,
     base: Annotated[str | None, typer.Option(help="The base model, where the merge needs it.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.  [default: CPUs]")] = None,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300.0,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
