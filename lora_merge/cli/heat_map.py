@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 BLOCKS, ASCII = " ░▒▓█", " .:*#"  # below 0.2, 0.4, 0.6, 0.8, and above
 AWAY = "-"  # below 0
-MOST = 60  # clients: a wider map would break at 80 columns
+MOST = 56  # clients: a wider map would break at 80 columns
 
 
 def shades(encoding: str | None) -> str:

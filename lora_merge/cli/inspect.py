@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lora_merge.inspection import Inspected, Inspection
 
-LONGEST_NAME = 24
+LONGEST_NAME = 20
 
 
 def inspect(

@@ -133,8 +133,8 @@ def test_the_map_has_a_character_for_each_step() -> None:
     lines = list(heat_map(["a", "bb"], [[1.0, -0.5], [0.3, 0.0]], BLOCKS))
     assert lines[1:] == [" a |██--|", "bb |░░  |"]
     assert list(heat_map(["a"], [[0.7]], ASCII))[1] == "a |**|"
-    assert "too wide" in next(heat_map(["a"] * 61, [[0.0] * 61] * 61, BLOCKS))
-    assert max(map(len, heat_map(["x" * 16] * 60, [[0.5] * 60] * 60, BLOCKS))) <= 80
+    assert "too wide" in next(heat_map(["a"] * 57, [[0.0] * 57] * 57, BLOCKS))
+    assert max(map(len, heat_map(["x" * 20] * 56, [[0.5] * 56] * 56, BLOCKS))) <= 80
 
 
 def test_blocks_are_only_for_streams_that_can_show_them() -> None:
