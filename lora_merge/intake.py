@@ -33,7 +33,7 @@ UNSCREENED = Screening(allow_dominant=True, allow_outliers=True)
 
 @dataclass(frozen=True)
 class Reading:
-    """How sources are read: how long a call may wait for a busy Hub, and whom to tell of waits and downloads.
+    """How sources are read: how long all waits for a busy Hub may take, and whom to tell of waits and downloads.
 
     `pins` are the commits at which repositories are read whose source names no revision.
     """

@@ -71,6 +71,7 @@ def aggregate(
     force: bool = False,
     lock: str | Path | None = None,
     locked: bool = False,
+    core: bool = False,
     screening: Screening | None = SCREENED,
     max_wait: float = MAX_WAIT,
     tell: Tell = lambda line: None,
@@ -98,9 +99,10 @@ def aggregate(
         lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
             merge (the folder holds one in any case).
         locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
+        core: keep of a truncated mean of a fixed rank what later arrivals can be folded into.
         screening: whom to leave out, and what stops a merge of adapters of people whom one doesn't know; None where
             nothing is to.
-        max_wait: seconds that one call may wait for a busy Hub.
+        max_wait: seconds that all waits for a busy Hub may take together.
         tell: called with a line when such a wait begins.
         progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
 
@@ -140,6 +142,8 @@ def aggregate(
             ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
             ledger = with_defence(ledger, defence, measured)
             write_records(work, ledger, record, inputs.clients, merges)
+            if core:
+                write_core(federation, settings.options, work / CORE_NAME, None, threads)
             require_same_files(inputs.clients)
         if lock is not None and not locked:
             write_lock(record, lock_path)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check(
     source: Annotated[str, typer.Argument(metavar="DIR|REPO", help="An adapter: a folder, ORG/NAME or a URL.")],
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300.0,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
