@@ -207,7 +207,7 @@ def weighted_median(values: Tensor, n: Tensor) -> Tensor:
     half, slack = n.sum() / 2, 1e-9 * n.sum()
     low = (below < half - slack).sum(dim=0, keepdim=True)
     high = (below <= half + slack).sum(dim=0, keepdim=True).clamp(max=len(n) - 1)
-    median: Tensor = (ordered.gather(0, low) + ordered.gather(0, high))[0] / 2
+    median: Tensor = ordered.gather(0, low)[0] / 2 + ordered.gather(0, high)[0] / 2
     return median
 
 
