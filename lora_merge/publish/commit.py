@@ -17,6 +17,7 @@ from lora_merge.errors import (
 )
 from lora_merge.hub.client import Tell, endpoint
 from lora_merge.hub.failures import asking
+from lora_merge.hub.transfer import seconds_for, within
 from lora_merge.publish.files import CARD_NAME, WEIGHTS, PublishedFile
 from lora_merge.publish.persistence import persist
 from lora_merge.publish.repository import (
@@ -31,7 +32,6 @@ from lora_merge.publish.repository import (
     require_visibility,
     tree,
 )
-from lora_merge.publish.upload import seconds_for, within
 
 PROPOSALS = 20  # pull requests of ours that are looked through for one whose answer was lost
 

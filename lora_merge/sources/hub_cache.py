@@ -17,6 +17,7 @@ from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, WEIGHTS_N
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
+from lora_merge.hub.transfer import seconds_for, within
 from lora_merge.sources.reference import Advance, FileEntry
 from lora_merge.statement import FILE_NAME as STATEMENT_NAME
 
@@ -71,7 +72,7 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
     """
     counter = _Counter(advance)
     try:
-        path = _download(repo, commit, file.name, counter, anew=False)
+        path = _download(repo, commit, file, counter, anew=False)
         problem = hash_problem(path, file)
     except NetworkError as error:
         # Xet ends in a RuntimeError, and a file of a wrong size in an OSError, where an answer was damaged on its way.
@@ -81,7 +82,7 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
     if problem is None:
         return path
     counter.take_back()
-    path = _download(repo, commit, file.name, counter, anew=True)
+    path = _download(repo, commit, file, counter, anew=True)
     if problem := hash_problem(path, file):
         path.resolve().unlink()  # nobody else shall find it there
         path.unlink(missing_ok=True)
@@ -89,18 +90,20 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
     return path
 
 
-def _download(repo: str, commit: str, name: str, counter: "_Counter", *, anew: bool) -> Path:
-    with asking(repo):
-        path = hf_hub_download(
+def _download(repo: str, commit: str, file: FileEntry, counter: "_Counter", *, anew: bool) -> Path:
+    def download() -> str:
+        return hf_hub_download(
             repo,
-            name,
+            file.name,
             revision=commit,
             force_download=anew,
             tqdm_class=_bar_of(counter),
             library_name="lora-merge",
             library_version=__version__,
         )
-    return Path(path)
+
+    with asking(repo):
+        return Path(within(seconds_for(file.size), download))
 
 
 def hash_problem(content: bytes | Path, file: FileEntry) -> str | None:

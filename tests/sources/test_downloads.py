@@ -110,6 +110,17 @@ def test_a_page_that_is_no_answer_is_asked_for_again_and_not_for_ever(
     assert len(hub.calls("GET /api/models")) == 5
 
 
+def test_a_file_that_comes_byte_by_byte_is_given_up_at_its_deadline(hub: LocalHub, pull: Puller) -> None:
+    publish(hub, 1)
+    for pattern in ("GET /lfs/*", "GET /xorbs/*"):
+        hub.fault(pattern, "drip", times=None, seconds=0.2)
+    began = time.monotonic()
+    ran = pull("org/client-0", "-o", "global", timeout=1)
+    assert (ran.code, ran.out) == (5, "")
+    assert time.monotonic() - began < 20  # of a real run, a sixtieth
+    assert not (pull.folder / "global").exists()
+
+
 def test_a_hub_that_cannot_be_reached_is_exit_5(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -1,31 +1,37 @@
-"""Sending the content of large files, within a deadline: over Xet the last step has none of its own."""
+"""Moving the content of files within a deadline. Over Xet the last step of an upload has none of its own, nor has a
+download that comes byte by byte.
+"""
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
-from huggingface_hub.utils._xet import abort_xet_session  # the only way to end an upload over Xet from outside
+from huggingface_hub.utils._xet import abort_xet_session  # the only way to end a transfer over Xet from outside
 
 from lora_merge.errors import NetworkError
 from lora_merge.hub import client
 
+T = TypeVar("T")
+
 
 def seconds_for(size: int) -> float:
-    """How long sending `size` bytes may take: three calls, as the library tries again, and the time of a slow line."""
+    """How long moving `size` bytes may take: three calls, as the library tries again, and the time of a slow line."""
     return 3 * client.CALL_SECONDS + size / client.SLOWEST_BYTES_A_SECOND
 
 
-def within(seconds: float, send: Callable[[], object]) -> None:
-    """Run `send`, and end it where it takes longer.
+def within(seconds: float, move: Callable[[], T]) -> T:
+    """What `move` gives; it is ended where it takes longer.
 
     Raises:
         NetworkError: it took longer than `seconds`.
-        Exception: whatever `send` raises.
+        Exception: whatever `move` raises.
     """
+    moved: list[T] = []
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            send()
+            moved.append(move())
         except BaseException as error:
             failures.append(error)
 
@@ -39,6 +45,7 @@ def within(seconds: float, send: Callable[[], object]) -> None:
     if thread.is_alive():
         abort_xet_session()  # type: ignore[no-untyped-call]
         thread.join(1)
-        raise NetworkError(f"The Hub has not taken the files within {seconds:.0f} s.", hint="Try again later.")
+        raise NetworkError(f"The Hub has not sent or taken a file within {seconds:.0f} s.", hint="Try again later.")
     if failures:
         raise failures[0]
+    return moved[0]
