@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def open_base(base: str | Path, *, commit: str | None = None) -> BaseModel:
     Raises:
         NotFoundError: no such folder or cached repository, or no safetensors file in it.
     """
-    folder = Path(base) if Path(base).is_dir() else _cached(str(base), commit)
+    folder = Path(base) if os.path.isdir(base) else _cached(str(base), commit)
     files = sorted(folder.glob("*.safetensors")) if folder else []
     if not files:
         raise NotFoundError(

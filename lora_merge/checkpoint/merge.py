@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented there
 
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec
 from lora_merge.aggregation import certificate, coordinates
@@ -40,6 +41,7 @@ DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp1
 CertificateMode: TypeAlias = Literal["exact", "probes", "off"]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Tensors: TypeAlias = dict[str, Tensor]
+TOO_LARGE = "holds numbers so large that its singular values cannot be computed"
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def write(
             return merge.run(settings, writer)
         except MethodRefused as error:
             raise RefusedError([_problem(error)]) from error
+        except LinAlgError as error:
+            raise RefusedError([Problem("all clients", next(iter(merge.shapes)), TOO_LARGE)]) from error
 
     try:
         return over(threads, run, merges, advance)
@@ -231,6 +235,8 @@ def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | 
         return FactorsMerge(module, METHODS[settings.method].plan(module, settings.options))
     except MethodRefused as error:
         return [_problem(error)]
+    except LinAlgError:
+        return [Problem("all clients", name, TOO_LARGE)]
 
 
 def _merged(value: Value, settings: Settings) -> Tensor:

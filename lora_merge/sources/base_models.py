@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ class FoundBase:
 
 def find_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> FoundBase:
     """The base model in the folder `base`, else of that repository id; as `model_in` and `model_of`."""
-    if Path(base).is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if os.path.isdir(base) or base.startswith((".", "/", "~")) or base.count("/") > 1:
         return model_in(Path(base), base)
     return model_of(base, None, tell, max_wait=max_wait)
 

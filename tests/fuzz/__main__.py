@@ -72,7 +72,7 @@ def show(report: Report, known: Mapping[Branch, str]) -> None:
     for (file, line), text in sorted(known.items()):
         if (file, line) not in report.met:
             print(f"  not met: {file}:{line}: {text}")
-    print(f"slowest: {report.slowest[0]:.2f} s ({report.slowest[1]})")
+    print(f"slowest: {report.slowest[0]:.2f} s of a processor ({report.slowest[1]})")
     print(f"memory: at most {report.peak[0] / 1e6:.0f} MB for one mutant ({report.peak[1]}); ", end="")
     print(f"the process, with torch, at most {report.resident / 1e6:.0f} MB")
     print(f"{report.ended.total()} mutants, {len(report.failed)} failed")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,12 @@ from lora_merge.checkpoint.config import MAX_SCALING
 from lora_merge.checkpoint.layout import stored_shapes
 from lora_merge.checkpoint.peft_folder import MAX_GLOBAL_R, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
-from lora_merge.errors import LoraMergeError
+from lora_merge.errors import LoraMergeError, RefusedError
+from lora_merge.global_adapter import opened_global
 from lora_merge.kept import ClaimsError, description_of
 from lora_merge.ledger import Ledger, LedgerError
 from lora_merge.lock import Lock, LockError
+from lora_merge.onto import fold
 from tests.adapters import WEIGHTS
 
 MODULES = 200  # a merge takes its time by the module
@@ -95,13 +98,18 @@ def _merged(random: Random, folder: Path, peer: Path, scratch: Path) -> str:
         if error.exit_code == 1:
             raise
         return f"accepted; {'alone' if alone else 'beside a sound one'} not merged: {type(error).__name__}"
-    for name, tensor in load_file(scratch / WEIGHTS).items():
-        assert torch.isfinite(tensor).all(), f"{name} of the result is not finite"
-    open_folder(scratch).close()
-    _harmless((scratch / "README.md").read_text(encoding="utf-8"))
-    judge_ledger((scratch / "aggregation.json").read_bytes())
-    judge_lock((scratch / "lora-merge.lock").read_bytes())
+    _sound(scratch)
     return "accepted and merged"
+
+
+def _sound(folder: Path) -> None:
+    """A result is finite, and all of it is what we accept ourselves."""
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        assert torch.isfinite(tensor).all(), f"{name} of the result is not finite"
+    open_folder(folder).close()
+    _harmless((folder / "README.md").read_text(encoding="utf-8"))
+    assert judge_ledger((folder / "aggregation.json").read_bytes()) == "accepted"
+    assert judge_lock((folder / "lora-merge.lock").read_bytes()) == "accepted"
 
 
 def judge_ledger(text: bytes) -> str:
@@ -130,6 +138,24 @@ def _same(lock: Any) -> None:
     assert lock.differences(lock) == []
     clients = [entry.client_id for entry in lock.inputs]
     assert len(set(clients)) == len(clients), "a client twice"
+
+
+def judge_global(folder: Path, arrival: Path, base: Path, scratch: Path) -> str:
+    """Open a merge with a ledger that was accepted by itself, and fold another client onto it."""
+    try:
+        with opened_global(folder, "global") as found:
+            assert {each.client_id for each in found.ledger.contributions} == found.contributions.keys()
+    except RefusedError:
+        return "accepted; contradicts the other files"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        fold([arrival], folder, output=scratch, base=base, workers=1)
+    except LoraMergeError as error:
+        if error.exit_code == 1:
+            raise
+        return f"accepted; not folded onto: {type(error).__name__}"
+    _sound(scratch)
+    return "accepted and folded onto"
 
 
 def _round_trip(text: bytes, kind: Any, look: Callable[[Any], None]) -> str:

@@ -14,7 +14,7 @@ from types import FrameType
 from tests.fuzz.branches import Branch, recorded
 from tests.fuzz.subjects import Case, Corpus
 
-SECONDS = 1.0  # of a mutant; one that takes longer is tried twice again, for the machine may be busy
+SECONDS = 1.0  # of a processor, for the machine may be busy; one that takes longer is tried twice again
 GIVEN_UP = 20.0
 BYTES = 500 << 20
 
@@ -31,7 +31,7 @@ class Report:
         ended: by file and by how.
         met: the refusals, by the place in the source that makes them.
         failed: the mutants that broke a bound, and how.
-        slowest: seconds, and of which mutant.
+        slowest: seconds of a processor, and of which mutant.
         peak: bytes that one mutant's judgement took at most above what was in use before, and of which mutant.
         resident: the process's own peak, in bytes.
         merged: the mutants that were accepted and merged.
@@ -96,7 +96,7 @@ def _one(corpus: Corpus, case: Case) -> tuple[str, float, int]:
     before = _status("VmRSS")
     signal.signal(signal.SIGALRM, _stop)
     signal.setitimer(signal.ITIMER_REAL, GIVEN_UP)
-    began = time.monotonic()
+    began = time.process_time()
     try:
         how = corpus.judge(case, data)
     except Hang:
@@ -106,7 +106,7 @@ def _one(corpus: Corpus, case: Case) -> tuple[str, float, int]:
         how = f"FAILED: {type(error).__name__}: {str(error)[:200]}\n{last[-1500:]}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return how, time.monotonic() - began, _status("VmHWM") - before
+    return how, time.process_time() - began, _status("VmHWM") - before
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -8,9 +8,10 @@ from random import Random
 from typing import Any
 
 from lora_merge import aggregate
-from tests.adapters import CONFIG, KINDS, STATEMENT, WEIGHTS, federation
+from tests import models
+from tests.adapters import CONFIG, KINDS, STATEMENT, WEIGHTS, Kind, clients, edited, federation
 from tests.fuzz import documents, likely, weights
-from tests.fuzz.judges import judge_folder, judge_ledger, judge_lock
+from tests.fuzz.judges import judge_folder, judge_global, judge_ledger, judge_lock
 
 LEDGER, LOCK = "aggregation.json", "lora-merge.lock"
 COMMITS = ("1" * 40, "2" * 40, "3" * 40)
@@ -28,6 +29,9 @@ OF_KINDS = (
     "MultiheadAttention",
     "DoRA",
 )
+# So narrow that the blocks of its clients stay apart in a merge, which others can then be folded onto.
+THIN = Kind("thin", models.llama, clients({"r": 1}, {"r": 2}, common={"target_modules": ["q_proj", "o_proj"]}))
+BUILT = (THIN, *(kind for kind in KINDS if kind.name in OF_KINDS))
 FILES = (WEIGHTS, CONFIG, STATEMENT, LEDGER, LOCK)
 
 
@@ -42,17 +46,17 @@ class Case:
         return f"{self.file}, seed {self.seed}"
 
 
-def make_corpus(root: Path, kinds: Sequence[str] = OF_KINDS) -> Path:
+def make_corpus(root: Path, kinds: Sequence[Kind] = BUILT) -> Path:
     """Write the sound files under `root`: a folder for each kind, with two clients and the records of their merges."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    for kind in KINDS:
-        if kind.name in kinds:
-            made = federation(kind, root / kind.name)
-            for method in ("exact", "svd"):
-                aggregate(made.clients, root / kind.name / method, method=method, base=made.base, workers=1)
+    for kind in kinds:
+        made = federation(kind, root / kind.name)
+        edited(made.clients[0], root / kind.name / "late")
+        for method in ("exact", "svd"):
+            aggregate(made.clients, root / kind.name / method, method=method, base=made.base, workers=1)
     return root
 
 
@@ -67,7 +71,8 @@ class Corpus:
     def source(self, random: Random, case: Case) -> Path:
         """The folder whose file is mutated: a client's, or a merge's."""
         records = case.file in (LEDGER, LOCK)
-        return random.choice(self.kinds) / random.choice(["exact", "svd"] if records else ["client-0", "client-1"])
+        kinds = [kind for kind in self.kinds if kind.name == THIN.name] if random.random() < 0.3 else self.kinds
+        return random.choice(kinds) / random.choice(["exact", "svd"] if records else ["client-0", "client-1"])
 
     def mutant(self, case: Case) -> bytes:
         """The mutant's bytes."""
@@ -83,17 +88,25 @@ class Corpus:
     def judge(self, case: Case, data: bytes | None = None) -> str:
         """How the mutant ended; raises whatever is not a documented refusal. A merge is left at `merged`."""
         data = self.mutant(case) if data is None else data
-        if case.file == LEDGER:
-            return judge_ledger(data)
         if case.file == LOCK:
             return judge_lock(data)
         random = Random(f"{case.file} {case.seed}")
         source = self.source(random, case)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, CONFIG, STATEMENT):
-            (self.folder / name).write_bytes(data if name == case.file else self._read(source / name))
+        if case.file == LEDGER:
+            if (how := judge_ledger(data)) != "accepted":
+                return how
+            self._write(self.scratch / "global", source, (WEIGHTS, CONFIG, LOCK), {LEDGER: data})
+            return judge_global(
+                self.scratch / "global", source.with_name("late"), source.with_name("base"), self.merged
+            )
+        self._write(self.folder, source, (WEIGHTS, CONFIG, STATEMENT), {case.file: data})
         peer = source.with_name("client-1" if source.name == "client-0" else "client-0")
         return judge_folder(random, self.folder, peer, self.merged)
+
+    def _write(self, folder: Path, source: Path, names: Sequence[str], mutated: Mapping[str, bytes]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in {*names, *mutated}:
+            (folder / name).write_bytes(mutated[name] if name in mutated else self._read(source / name))
 
     @property
     def merged(self) -> Path:
