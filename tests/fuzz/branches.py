@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge import ledger, lock, statement
-from lora_merge.checkpoint import config, layout, safetensors_file
+from lora_merge.checkpoint import config, core_file, layout, safetensors_file
 
-MODULES = (safetensors_file, config, layout, statement, ledger, lock)
+MODULES = (safetensors_file, config, core_file, layout, statement, ledger, lock)
 REFUSALS = (safetensors_file.FileRefused, statement.StatementError, ledger.LedgerError, lock.LockError)
 Branch = tuple[str, int]
 

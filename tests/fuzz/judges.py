@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,22 +14,24 @@ import torch
 from safetensors.torch import load_file
 
 from lora_merge import aggregate
-from lora_merge.adapter import FactorsSpec, FullSpec
+from lora_merge.adapter import FactorsSpec, FullSpec, spec_of
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import is_local
 from lora_merge.card import Place, client_card, global_card
 from lora_merge.checkpoint.config import MAX_SCALING
+from lora_merge.checkpoint.core_file import open_core
 from lora_merge.checkpoint.layout import stored_shapes
 from lora_merge.checkpoint.peft_folder import MAX_GLOBAL_R, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import LoraMergeError, RefusedError
-from lora_merge.global_adapter import opened_global
+from lora_merge.folding.global_adapter import opened_global
 from lora_merge.kept import ClaimsError, description_of
 from lora_merge.ledger import Ledger, LedgerError
 from lora_merge.lock import Lock, LockError
 from lora_merge.onto import fold
 from tests.adapters import WEIGHTS
 
+CORE_RANK = 2  # of the merges that have a core
 MODULES = 200  # a merge takes its time by the module
 REFUSED = (FolderRefused, FileRefused, LedgerError, LockError)
 
@@ -147,6 +149,32 @@ def judge_global(folder: Path, arrival: Path, base: Path, scratch: Path) -> str:
             assert {each.client_id for each in found.ledger.contributions} == found.contributions.keys()
     except RefusedError:
         return "accepted; contradicts the other files"
+    return _folded(folder, arrival, base, scratch)
+
+
+def judge_core(folder: Path, arrival: Path, base: Path, scratch: Path) -> str:
+    """Open the core beside a merge, read it, and fold another client into it."""
+    with closing(open_folder(folder)) as adapter:
+        try:
+            core = open_core(adapter, CORE_RANK)
+        except FileRefused:
+            return "refused"
+        with closing(core.file):
+            assert core.specs.keys() == adapter.specs.keys()
+            try:
+                for name in core.specs:
+                    assert spec_of(core[name]).d_in == core.specs[name].d_in
+                    assert core.dropped(name) >= 0
+            except FileRefused:
+                read = False
+            else:
+                read = True
+    how = _folded(folder, arrival, base, scratch)
+    assert read or not how.startswith("accepted and"), "folded into what could not be read"
+    return how
+
+
+def _folded(folder: Path, arrival: Path, base: Path, scratch: Path) -> str:
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         fold([arrival], folder, output=scratch, base=base, workers=1)

@@ -33,8 +33,11 @@ def loads_in_peft(corpus: Corpus, case: Case) -> bool | None:
         model: Any = PeftModel.from_pretrained(base, str(corpus.merged))
         loaded = get_peft_model_state_dict(model)
     written = load_file(corpus.merged / WEIGHTS)
-    assert {name: tensor.float() for name, tensor in written.items()}.keys() <= loaded.keys(), case
-    assert all(torch.equal(tensor.float(), loaded[name].float()) for name, tensor in written.items()), case
+    lost = [name for name in written if name not in loaded]
+    other = [
+        name for name in written if name not in lost and not torch.equal(written[name].float(), loaded[name].float())
+    ]
+    assert not lost and not other, f"lost {lost[:3]}, other {other[:3]}"
     return True
 
 

@@ -8,12 +8,13 @@ from random import Random
 from typing import Any
 
 from lora_merge import aggregate
+from lora_merge.onto import fold
 from tests import models
 from tests.adapters import CONFIG, KINDS, STATEMENT, WEIGHTS, Kind, clients, edited, federation
 from tests.fuzz import documents, likely, weights
-from tests.fuzz.judges import judge_folder, judge_global, judge_ledger, judge_lock
+from tests.fuzz.judges import CORE_RANK, judge_core, judge_folder, judge_global, judge_ledger, judge_lock
 
-LEDGER, LOCK = "aggregation.json", "lora-merge.lock"
+LEDGER, LOCK, CORE = "aggregation.json", "lora-merge.lock", "aggregation_core.safetensors"
 COMMITS = ("1" * 40, "2" * 40, "3" * 40)
 OF_KINDS = (
     "linear",
@@ -31,8 +32,9 @@ OF_KINDS = (
 )
 # So narrow that the blocks of its clients stay apart in a merge, which others can then be folded onto.
 THIN = Kind("thin", models.llama, clients({"r": 1}, {"r": 2}, common={"target_modules": ["q_proj", "o_proj"]}))
+WITH_CORE = (THIN.name, "linear", "convolutions")
 BUILT = (THIN, *(kind for kind in KINDS if kind.name in OF_KINDS))
-FILES = (WEIGHTS, CONFIG, STATEMENT, LEDGER, LOCK)
+FILES = (WEIGHTS, CONFIG, STATEMENT, LEDGER, LOCK, CORE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def make_corpus(root: Path, kinds: Sequence[Kind] = BUILT) -> Path:
         edited(made.clients[0], root / kind.name / "late")
         for method in ("exact", "svd"):
             aggregate(made.clients, root / kind.name / method, method=method, base=made.base, workers=1)
+        if kind.name in WITH_CORE:
+            fold(made.clients, root / kind.name / "core", method="svd", rank=CORE_RANK, base=made.base, workers=1)
     return root
 
 
@@ -71,6 +75,8 @@ class Corpus:
     def source(self, random: Random, case: Case) -> Path:
         """The folder whose file is mutated: a client's, or a merge's."""
         records = case.file in (LEDGER, LOCK)
+        if case.file == CORE:
+            return random.choice([kind for kind in self.kinds if kind.name in WITH_CORE]) / "core"
         kinds = [kind for kind in self.kinds if kind.name == THIN.name] if random.random() < 0.3 else self.kinds
         return random.choice(kinds) / random.choice(["exact", "svd"] if records else ["client-0", "client-1"])
 
@@ -78,7 +84,7 @@ class Corpus:
         """The mutant's bytes."""
         random = Random(f"{case.file} {case.seed}")
         data = self._read(self.source(random, case) / case.file)
-        if case.file == WEIGHTS:
+        if case.file in (WEIGHTS, CORE):
             return weights.mutant(random, data)
         document = json.loads(data)
         if case.file in (LEDGER, LOCK) and random.random() < 0.5:
@@ -92,6 +98,10 @@ class Corpus:
             return judge_lock(data)
         random = Random(f"{case.file} {case.seed}")
         source = self.source(random, case)
+        late, base = source.with_name("late"), source.with_name("base")
+        if case.file == CORE:
+            self._write(self.scratch / "global", source, (WEIGHTS, CONFIG, LEDGER, LOCK), {CORE: data})
+            return judge_core(self.scratch / "global", late, base, self.merged)
         if case.file == LEDGER:
             if (how := judge_ledger(data)) != "accepted":
                 return how

@@ -116,6 +116,8 @@ def _renamed(random: Random, header: Header, body: bytes) -> tuple[Header, bytes
     tensors = _tensors(header, body)
     old, new = random.choice(
         [
+            ("core_A", "core_B"),
+            ("dropped", "core_A"),
             ("lora_A", "lora_B"),
             ("lora_A.weight", "lora_embedding_A"),
             ("lora_B.weight", "lora_embedding_B"),
