@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from lora_merge import __version__
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, LEDGER_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
@@ -37,11 +37,9 @@ def cached_entries(repo: str, commit: str) -> dict[str, FileEntry]:
         NetworkError: one of them is not there, or the cache does not tell.
     """
     found = {name: path for name in READ_NAMES if (path := cached_file(repo, commit, name))}
-    unsure = [
-        name
-        for name in (CONFIG_NAME, WEIGHTS_NAME, STATEMENT_NAME)
-        if name not in found and try_to_load_from_cache(repo, name, revision=commit) is None
-    ]
+    expected = (CONFIG_NAME, WEIGHTS_NAME) if LEDGER_NAME in found else (CONFIG_NAME, WEIGHTS_NAME, STATEMENT_NAME)
+    absent = [name for name in expected if name not in found]
+    unsure = [name for name in absent if try_to_load_from_cache(repo, name, revision=commit) is None]
     entries = {name: cached_entry(name, path) for name, path in found.items()}
     if unsure or None in entries.values():
         raise NetworkError(

@@ -59,6 +59,24 @@ def test_a_damaged_file_in_the_cache_is_not_believed(commits: dict[str, str], pu
     assert not (pull_once.folder / "global").exists()
 
 
+def test_a_merged_adapter_in_the_cache_is_read_without_a_statement(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 2)
+    assert pull_once("org/client-*", "-o", "global").code == 0
+    commit = hub.create(
+        "org/global", {path.name: path.read_bytes() for path in (pull_once.folder / "global").iterdir()}
+    )
+    source = ("org/global", "--weights", "uniform", "-o")
+    assert pull_once(*source, "online").code == 0
+    pull_once.client.run(SWITCH, on=True)
+    try:
+        ran = pull_once(f"org/global@{commit}", *source[1:], "offline")
+    finally:
+        pull_once.client.run(SWITCH, on=False)
+    assert ran.code == 0, ran.err
+    weights = "adapter_model.safetensors"
+    assert digests(pull_once.folder / "offline")[weights] == digests(pull_once.folder / "online")[weights]
+
+
 def test_a_cache_that_may_lack_the_statement_is_not_believed(commits: dict[str, str], pull_once: Puller) -> None:
     next(pull_once.home.glob("hub/models--org--client-0/snapshots/*/lora_merge.json")).unlink()
     ran = pull_once(f"org/client-0@{commits['org/client-0']}", "-o", "global", "--weights", "uniform")
