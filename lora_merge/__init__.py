@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_merge.onto import Fold as Fold
+    from lora_merge.onto import fold as fold
     from lora_merge.pipeline import Aggregation as Aggregation
     from lora_merge.pipeline import aggregate as aggregate
 
@@ -15,8 +17,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "aggregate": "lora_merge.pipeline",
     "Aggregation": "lora_merge.pipeline",
+    "fold": "lora_merge.onto",
+    "Fold": "lora_merge.onto",
 }
-__all__ = ["Aggregation", "__version__", "aggregate"]
+__all__ = ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
 
 
 def __getattr__(name: str) -> Any:

@@ -125,10 +125,15 @@ class Client:
     """One client of a merge: its id, its weight n (examples, or as given), its adapter.
 
     p, its share, is n over the sum of all clients' n. A `stored` one is what an earlier merge kept of clients: its
-    factors carry sqrt(n s) each already.
+    factors carry n s already. One that stands for several clients has an n of its own in each module, `by_module`.
     """
 
     id: str
     n: float
     adapter: Adapter
     stored: bool = False
+    by_module: Mapping[str, float] | None = None
+
+    def n_in(self, module: str) -> float:
+        """n of those in `module` whom this client stands for: but for stand-ins, its own."""
+        return self.n if self.by_module is None else self.by_module[module]

@@ -68,7 +68,8 @@ class Certificate:
     """The relative Frobenius error of the written update against M, as a whole and by module.
 
     Attributes:
-        measured_by: `exact` (from factors, fp64), `probes` (an estimate), `exact and probes`, or `off`.
+        measured_by: `exact` (from factors, fp64), `probes` (an estimate), `exact and probes`, `off`, or `bound`: what
+            folding guarantees, without a number where that is above 1.
         whole: {"relative_error": …, "standard_error": …}; None where nothing was measured.
         modules: the same by module name.
         not_measured: tensors trained whole, whose update has no size without the base.
@@ -83,6 +84,10 @@ class Certificate:
 
     def sentence(self) -> str:
         """The certificate in a line."""
+        if self.measured_by == "bound":
+            return (
+                f"relative error at most {_error(self.whole)}" if self.whole else "no guarantee (the bound is above 1)"
+            )
         if self.whole is None:
             return "not measured"
         return f"relative error {_error(self.whole)}" + (" (an estimate)" if "standard_error" in self.whole else "")

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -43,7 +43,10 @@ class LockedInput:
 
 @dataclass(frozen=True)
 class Lock:
-    """Inputs, how they were merged, and where; `environment` and `versions` are what the bytes may depend on."""
+    """Inputs, how they were merged, and where; `environment` and `versions` are what the bytes may depend on.
+
+    `folded` are the client ids of each merge, in order, where later ones were folded into what stood for the earlier.
+    """
 
     inputs: Sequence[LockedInput]
     method: str
@@ -54,10 +57,13 @@ class Lock:
     base_model: str | None
     environment: Mapping[str, str]
     versions: Mapping[str, str]
+    folded: Sequence[Sequence[str]] = ()
 
     def to_json(self) -> str:
         """The file's text: canonical JSON, ending in a newline."""
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        if not self.folded:
+            del data["folded"]
         return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
@@ -67,7 +73,7 @@ class Lock:
         Raises:
             LockError: an entry is missing, unknown, or of a wrong form.
         """
-        _entries("lock", data, {"schema_version"} | {field.name for field in fields(cls)})
+        _entries("lock", {"folded": [], **data}, {"schema_version"} | {field.name for field in fields(cls)})
         if data["schema_version"] != SCHEMA_VERSION:
             raise LockError("schema_version", f"must be {SCHEMA_VERSION}, is {str(data['schema_version'])[:40]}")
         inputs = data["inputs"]
@@ -87,13 +93,14 @@ class Lock:
             base_model=None if data["base_model"] is None else _text("base_model", data["base_model"]),
             environment=_texts("environment", data["environment"]),
             versions=_texts("versions", data["versions"]),
+            folded=_groups(data.get("folded", []), clients.keys()) or (),
         )
 
     def differences(self, other: "Lock") -> list[str]:
         """What a merge by `other` would do otherwise: inputs and settings, not where it runs."""
         found = [
             f"{name} is {getattr(other, name)!r}, locked is {getattr(self, name)!r}"
-            for name in ("method", "options", "global_lr", "weighting", "dtype", "base_model")
+            for name in ("method", "options", "global_lr", "weighting", "dtype", "base_model", "folded")
             if getattr(self, name) != getattr(other, name)
         ]
         mine = {entry.client_id: entry for entry in self.inputs}
@@ -124,6 +131,16 @@ def _input(name: str, data: Any) -> LockedInput:
         files=dict(files),
         weight=_number(f"{name}.weight", data["weight"]),
     )
+
+
+def _groups(value: Any, clients: Collection[str]) -> list[list[str]]:
+    """The groups of `folded`: of the inputs' ids, each once, or none at all."""
+    if not isinstance(value, list) or not all(isinstance(group, list) and group for group in value):
+        raise LockError("folded", "must be a list of lists of client ids")
+    found = [_text("folded", client) for group in value for client in group]
+    if value and (len(found) != len(clients) or set(found) != set(clients)):
+        raise LockError("folded", "must name every input once")
+    return [list(group) for group in value]
 
 
 def _entries(name: str, data: Any, expected: set[str]) -> None:

@@ -13,10 +13,12 @@ from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint import merge
+from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
-from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, PeftFolder
+from lora_merge.checkpoint.overwriting import require_apart
+from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolder
 from lora_merge.defence import Defended, defended, require_rule, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
@@ -35,6 +37,7 @@ from lora_merge.provenance import (
     write_records,
 )
 from lora_merge.screening import SCREENED, Screening
+from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT
 
@@ -95,7 +98,7 @@ def aggregate(
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA where present.
         certificate: `exact`, `probes` or `off`; None chooses by size.
         workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
-        force: replace what is at `output`.
+        force: replace the adapter that is at `output`; never anything else, nor what is read.
         lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
             merge (the folder holds one in any case).
         locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
@@ -107,7 +110,7 @@ def aggregate(
         progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
 
     Raises:
-        UsageError: an option is wrong, or `output` exists.
+        UsageError: an option is wrong, or `output` exists, or is one of the inputs.
         RefusedError: clients are refused; with every problem of all of them. Nothing is written.
         NotFoundError: a source names nothing, or may not be read.
         NetworkError: the Hub cannot be reached, or stays busy.
@@ -122,8 +125,10 @@ def aggregate(
     settings = merge_settings(method, rank, energy, dtype, certificate, density, seed)
     require_rule(robust, method)
     require_sound(global_lr, workers)
-    check_free(output, force=force)
+    require_apart(output, folders_named([*sources, *([base] if base is not None else [])]))
     lock_path = Path(lock) if lock is not None else output / LOCK_NAME
+    force = force or (locked and lock_path == output / LOCK_NAME)  # made again as its own lock says, or not at all
+    check_free(output, force=force)
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
         federation = federation_of(inputs, global_lr, base, device_named(device), to_measure=robust.weighs)

@@ -9,16 +9,22 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from lora_merge.aggregation.robust import robust_of
 from lora_merge.checkpoint.compare import compare
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, FolderRefused, file_sha256, open_folder
+from lora_merge.checkpoint.peft_folder import (
+    CONFIG_NAME,
+    CORE_NAME,
+    WEIGHTS_NAME,
+    FolderRefused,
+    file_sha256,
+    open_folder,
+)
 from lora_merge.environment import environment
 from lora_merge.errors import NotFoundError, RefusedError
+from lora_merge.folding.replay import replay
 from lora_merge.intake import Reading, accepted
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock
 from lora_merge.locking import read_lock
-from lora_merge.pipeline import aggregate
 from lora_merge.sources.rooms import open_rooms
 
 Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
@@ -69,34 +75,15 @@ def verify(
         candidates = rooms.examine(rooms.expand([target]))
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock = read_lock(folder / LOCK_NAME)
-        weights = {entry.client_id: entry.weight for entry in lock.inputs}
         named = [*_named_inputs(lock, bool(sources)), *sources]
         with accepted(named, "uniform", reading) as inputs:
-            hashes = {client: opened.sha256() for client, opened in inputs.clients.items()}
+            hashes, refs = {client: opened.sha256() for client, opened in inputs.clients.items()}, inputs.refs
         if reasons := _other_inputs(lock, hashes):
             return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
         with tempfile.TemporaryDirectory(prefix="lora-merge-verify-") as scratch:
             again = Path(scratch) / "again"
-            aggregate(
-                named,
-                again,
-                method=lock.method,
-                rank=lock.options.get("rank"),
-                energy=lock.options.get("energy") if lock.options.get("rank") == "auto" else None,
-                density=lock.options.get("density"),
-                seed=lock.options.get("seed"),
-                robust=robust_of(lock.options),
-                weights=weights,
-                global_lr=lock.global_lr,
-                base=base,
-                dtype=lock.dtype,
-                certificate="off",
-                workers=workers,
-                screening=None,
-                max_wait=reading.max_wait,
-                tell=reading.tell,
-                progress=reading.progress,
-            )
+            core = (folder / CORE_NAME).exists()
+            replay(lock, refs, again, core=core, base=base, workers=workers, reading=reading)
             return _compared(str(target), folder, again, lock)
 
 
@@ -135,12 +122,20 @@ def _compared(target: str, published: Path, again: Path, lock: Lock) -> Verifica
         if lock.environment.get(name) != here.get(name)
     }
     reasons = _other_settings(published, again)
-    same = all(file_sha256(published / name) == file_sha256(again / name) for name in (CONFIG_NAME, WEIGHTS_NAME))
-    if same:
+    other = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CORE_NAME) if not _same_file(published / name, again / name)]
+    if not other:
         return Verification(target, "identical", (), 0.0, apart, len(lock.inputs))
     error, tensors = _distance(again, published)
     verdict: Verdict = "equivalent" if error <= EQUIVALENT and apart and not reasons else "different"
+    reasons += [f"{CORE_NAME} is another one"] if other == [CORE_NAME] else []
     return Verification(target, verdict, [*reasons, *tensors], error, apart, len(lock.inputs))
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether both have the same bytes, or neither is there to be compared: a merge need not keep a core."""
+    if not one.exists() or not other.exists():
+        return one.name == CORE_NAME and not one.exists()
+    return file_sha256(one) == file_sha256(other)
 
 
 def _other_settings(published: Path, again: Path) -> list[str]:

@@ -20,13 +20,14 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("demo",),
-    ("check", "federation", "forecast", "inspection", "verify"),
+    ("check", "federation", "forecast", "inspection", "onto", "verify"),
+    ("folding",),
     ("pipeline",),
     ("evaluation", "locking", "provenance", "publish"),
-    ("intake",),
+    ("intake", "kept"),
     ("weighing",),
     ("selection", "training"),
-    ("agreement", "measuring", "sources"),
+    ("agreement", "measuring", "options", "sources"),
     ("card", "checkpoint", "environment", "hub"),
     ("aggregation", "ledger", "lock", "recipe", "screening"),
     ("adapter", "errors", "recipe_form", "statement"),
@@ -106,7 +107,7 @@ def test_importing_the_package_and_its_commands_loads_nothing_heavy() -> None:
 
 
 def test_the_public_names() -> None:
-    assert lora_merge.__all__ == ["Aggregation", "__version__", "aggregate"]
+    assert lora_merge.__all__ == ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
     assert all(getattr(lora_merge, name) is not None for name in lora_merge.__all__)
     assert lora_merge.aggregate.__module__ == lora_merge.Aggregation.__module__ == "lora_merge.pipeline"
 

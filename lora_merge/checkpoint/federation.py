@@ -63,8 +63,9 @@ class Federation:
     def module(self, name: str) -> Module:
         """The low-rank module `name` as all clients see it."""
         shares = tuple(
-            Share(client.id, client.n, client.adapter.specs[name], partial(self._factors, client, name), client.stored)  # type: ignore[arg-type]
+            Share(client.id, client.n_in(name), spec, partial(self._factors, client, name), client.stored)
             for client in self._having(name)
+            if isinstance(spec := client.adapter.specs[name], FactorsSpec)
         )
         base = partial(self._base_weight, name) if self.dora and self.base is not None else None
         return Module(name, shares, self.total, self.alpha, self.bias, self.dora, base)

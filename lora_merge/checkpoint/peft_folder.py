@@ -24,8 +24,9 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEDGER_NAME = ledger.FILE_NAME
 LOCK_NAME = lock.FILE_NAME
+CORE_NAME = "aggregation_core.safetensors"  # what stands for the clients so far where a truncated mean is folded
 PICKLE_NAME = "adapter_model.bin"
-READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME, LOCK_NAME)
+READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME, LOCK_NAME, CORE_NAME)
 # A merged adapter is as wide as its clients together, but never wider than its modules.
 MAX_GLOBAL_R = 1 << 17
 

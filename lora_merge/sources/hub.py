@@ -17,6 +17,7 @@ from lora_merge import lock
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
+    CORE_NAME,
     LEDGER_NAME,
     LOCK_NAME,
     PICKLE_NAME,
@@ -87,6 +88,9 @@ class HubRoom:
             return [self._pinned(each, revision, source) for each in shas]
         return [AdapterRef(each, source, each, sha, room=self) for each, sha in shas.items()]
 
+    def version(self, ref: AdapterRef) -> str:
+        return _commit(ref)
+
     def examine(self, ref: AdapterRef) -> Candidate:
         """List a repository and read its config, statement and header; nothing is written.
 
@@ -98,7 +102,7 @@ class HubRoom:
         too_large = [
             FileRefused(name, f"has {file.size} bytes; at most {limit} are accepted")
             for name, file in files.items()
-            if name not in (WEIGHTS_NAME, PICKLE_NAME)
+            if name not in (WEIGHTS_NAME, CORE_NAME, PICKLE_NAME)
             if file.size > (limit := LIMITS[name])
         ]
         if too_large:

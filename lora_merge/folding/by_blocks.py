@@ -15,7 +15,7 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.merge import DTYPES
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.checkpoint.stacks import Run
-from lora_merge.global_adapter import GlobalAdapter
+from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.kept import ranks_of
 
 Weights = Mapping[str, float]  # n by client id, sorted
@@ -44,7 +44,7 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Weig
     if not before.is_stacked:
         return "the global adapter is more than stacks of its clients' blocks"
     arrivals = {client: folder for client, folder in new.items() if weights[client]}
-    if client := next((client for client, folder in arrivals.items() if not _is_plain(folder)), None):
+    if client := next((client for client, folder in arrivals.items() if not is_plain(folder)), None):
         return f"{client} trained more than low-rank updates"
     stay = {client: at for at, client in enumerate(before.contributions) if client in weights and client not in new}
     for name in sorted({name for folder in arrivals.values() for name in folder.specs} | before.stacks.specs.keys()):
@@ -53,7 +53,8 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Weig
     return None
 
 
-def _is_plain(folder: PeftFolder) -> bool:
+def is_plain(folder: PeftFolder) -> bool:
+    """Whether an adapter is nothing but low-rank updates."""
     return all(isinstance(s, FactorsSpec) and not s.bias and not s.magnitude for s in folder.specs.values())
 
 

@@ -9,17 +9,18 @@ import torch
 
 from lora_merge.adapter import Client
 from lora_merge.aggregation.compatibility import shape_problems
+from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import claim_problems
-from lora_merge.arrivals import Arrivals
-from lora_merge.by_blocks import obstacle, stacked
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description, PeftFolder
 from lora_merge.errors import RefusedError, UsageError
-from lora_merge.global_adapter import GlobalAdapter
+from lora_merge.folding import by_blocks, by_mean
+from lora_merge.folding.arrivals import Arrivals
+from lora_merge.folding.global_adapter import GlobalAdapter
+from lora_merge.folding.pinned import reopened
 from lora_merge.intake import Accepted, Reading, federation_of
 from lora_merge.kept import claims_of, packed, ranks_of, unpacked
 from lora_merge.ledger import Contribution
-from lora_merge.pinned import reopened
 from lora_merge.provenance import contributions_of
 from lora_merge.sources.rooms import Rooms
 
@@ -83,22 +84,22 @@ def parts_of(
         NotFoundError: some client's files are needed, and are gone.
         RefusedError: an arrival does not fit the others.
     """
-    new = change.arrivals.new
-    clients = {client: new.get(client) or change.before.descriptions[client] for client in change.weights}
-    _refuse(clients, [Client(client, 1.0, folder) for client, folder in new.items()], change)
-    why = obstacle(change.before, new, change.weights)
+    before, new = change.before, change.arrivals.new
+    clients = {client: new.get(client) or before.descriptions[client] for client in change.weights}
+    _refuse(clients, [*_stored(change, device), *(Client(client, 1.0, folder) for client, folder in new.items())])
+    in_blocks = METHODS[before.ledger.method].folds == "blocks"
+    why = (by_blocks if in_blocks else by_mean).obstacle(before, new, change.weights)
     if why is None:
-        federation = stacked(change.before, new, change.weights, device)
-        modules = ranks_of(change.before.folder)
+        merge = by_blocks.stacked if in_blocks else by_mean.with_stand_in
+        federation = merge(before, new, change.weights, device)
+        modules = ranks_of(before.folder)
         ranks = {client: unpacked(each.block_ranks or {}, modules) for client, each in change.stay.items()}
         yield Parts(federation, clients, _known(change.stay, ranks, federation))
         return
     with reopened(rooms, list(change.stay.values()), change.arrivals.known, reading, why) as files:
         folders: dict[str, PeftFolder] = {client: new.get(client) or files[client] for client in change.weights}
-        _refuse(folders, [Client(client, 1.0, folder) for client, folder in folders.items()], None)
-        federation = federation_of(
-            Accepted(folders, {}, change.weights, ()), change.before.ledger.global_lr, base, device
-        )
+        _refuse(folders, [Client(client, 1.0, folder) for client, folder in folders.items()])
+        federation = federation_of(Accepted(folders, {}, change.weights, ()), before.ledger.global_lr, base, device)
         ranks = {client: ranks_of(folders[client]) if each.weight else {} for client, each in change.stay.items()}
         stay = {client: replace(each, claims=claims_of(folders[client])) for client, each in change.stay.items()}
         yield Parts(federation, folders, _known(stay, ranks, federation), why)
@@ -125,10 +126,15 @@ def _known(
     }
 
 
-def _refuse(clients: Mapping[str, Description], shapes: list[Client], change: Change | None) -> None:
-    """Raise `RefusedError` where these do not fit together, or with what is stored of the others."""
-    if change is not None and change.before.is_stacked:
-        stored = change.before.stacks.run(0, len(change.before.contributions))
-        shapes = [Client(change.before.place, 1.0, stored), *shapes]
+def _stored(change: Change, device: torch.device) -> Sequence[Client]:
+    """What is stored of those who stay, where that is known apart from those who go."""
+    before = change.before
+    if before.is_stacked:
+        return [c for c in by_blocks.stacked(before, change.arrivals.new, change.weights, device).clients if c.stored]
+    return [Client(before.place, 1.0, before.folder)] if len(change.stay) == len(before.contributions) else []
+
+
+def _refuse(clients: Mapping[str, Description], shapes: Sequence[Client]) -> None:
+    """Raise `RefusedError` where these do not make one federation."""
     if problems := [*claim_problems(clients), *shape_problems(shapes)]:
         raise RefusedError(problems)

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.aggregation.methods import METHODS
-from lora_merge.aggregation.registry import Options
+from lora_merge.aggregation.registry import Options, Rank
 from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
-from lora_merge.arrivals import arriving, refs_of, weights_of_arrivals, withdrawn
-from lora_merge.change import Change, Parts, change_of, contributions_after, parts_of
+from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.folder import alone_beside, atomic_folder
-from lora_merge.checkpoint.merge import CertificateMode, Settings
-from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
+from lora_merge.checkpoint.merge import CertificateMode, Measured, Settings
+from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
-from lora_merge.global_adapter import GlobalAdapter, opened_global
+from lora_merge.folding.arrivals import arriving, refs_of, weights_of_arrivals, withdrawn
+from lora_merge.folding.by_mean import bound
+from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
+from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
 from lora_merge.intake import UNSCREENED, Reading
-from lora_merge.ledger import Ledger
+from lora_merge.ledger import Certificate, Ledger
+from lora_merge.lock import Lock
 from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
 from lora_merge.provenance import ledger_of, lock_of, write_records
@@ -97,7 +100,7 @@ def fold_folder(
     how: How,
     reading: Reading,
 ) -> Fold:
-    """Bring what is new in `sources` into the global adapter `onto`, written to `target`; see `lora_merge.fold`."""
+    """Bring what is new in `sources` into the global adapter `onto`, written to `target`: see `lora_merge.onto`."""
     if onto.folder is None:
         return _first(sources, onto, target, withdraw, how, reading)
     with (
@@ -128,7 +131,7 @@ def _first(
     """The first merge makes the global adapter."""
     if withdraw:
         raise NotFoundError(f"There is no global adapter {onto.place} to take anybody out of.")
-    require_folds(how.chosen.get("method", "exact"))
+    require_folds(how.chosen.get("method", "exact"), how.chosen.get("rank"))
     options: dict[str, Any] = {**how.chosen, **({} if how.weights is None else {"weights": how.weights})}
     try:
         made = aggregate(
@@ -140,6 +143,7 @@ def _first(
             certificate=how.certificate,
             workers=how.workers,
             screening=how.screening,
+            core=how.chosen.get("method") == "svd",
             max_wait=reading.max_wait,
             tell=reading.tell,
             progress=reading.progress,
@@ -156,8 +160,11 @@ def is_there(folder: Path) -> bool:
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
-def require_folds(method: str) -> None:
-    """Raise `UsageError` where a method has no way to bring arrivals in."""
+def require_folds(method: str, rank: Rank | None) -> None:
+    """Raise `UsageError` where there is no way to bring arrivals in."""
+    if method == "svd" and type(rank) is not int:
+        reason = "--onto needs a fixed --rank of svd: by it goes what is kept for later arrivals"
+        raise UsageError(f"{reason}, not {rank or 'auto'}.", hint="--method svd --rank 16")
     if method in METHODS and METHODS[method].folds is None:
         folding = ", ".join(name for name, each in METHODS.items() if each.folds)
         raise UsageError(f"{method} cannot be folded: it needs all clients at once.", hint=f"--onto is for {folding}.")
@@ -168,19 +175,36 @@ def _write(
 ) -> Ledger:
     """Merge into `target` in one step; where that is the global adapter itself, only while it is what was read."""
     before, federation = change.before, parts.federation
-    if settings.certificate is None and parts.again is None:
+    if settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "blocks":
         settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
     with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True) as work:
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
         ledger = ledger_of(federation, lock, contributions, measured, settings, before.name())
+        if METHODS[settings.method].folds == "mean":
+            ledger, lock = _folded(ledger, lock, change, parts, measured)
+        if settings.method == "svd":
+            write_core(federation, settings.options, work / CORE_NAME, None if parts.again else before.core, threads)
         write_records(work, ledger, lock, parts.clients, merges)
         require_same_files({**change.arrivals.new, before.place: before.folder})
         if target.exists() and before.folder.folder.exists() and target.samefile(before.folder.folder):
             end.enter_context(alone_beside(target))
             _require_as_read(before)
     return ledger
+
+
+def _folded(
+    ledger: Ledger, lock: Lock, change: Change, parts: Parts, measured: Sequence[Measured]
+) -> tuple[Ledger, Lock]:
+    """The records of a mean that was folded: in which order it was, and how far it can be from the mean of all."""
+    if parts.again:
+        return ledger, lock
+    before = change.before
+    lock = replace(lock, folded=[*(before.lock.folded or [list(before.contributions)]), list(change.arrivals.new)])
+    if before.core:
+        return replace(ledger, certificate=bound(measured, before.core, parts.federation)), lock
+    return (ledger if lock.method == "ffa" else replace(ledger, certificate=Certificate("off"))), lock
 
 
 def _require_as_read(before: GlobalAdapter) -> None:
@@ -199,7 +223,7 @@ def _settings(ledger: Ledger, how: How) -> Settings:
     Raises:
         UsageError: an option is another one, or it was made in a way that cannot be folded.
     """
-    require_folds(ledger.method)
+    require_folds(ledger.method, ledger.options.get("rank"))
     known = {name: value for name, value in ledger.options.items() if name in asdict(Options())}
     if other := sorted(name for name, value in ledger.options.items() if value and name not in known):
         raise UsageError(f"It was merged with {', '.join(other)}, which needs all clients at once.")

@@ -121,12 +121,13 @@ def _same_source(client: str, ref: AdapterRef, kept: Contributions) -> Contribut
     A folder is known by a short name, which is as long as tells it from the others that it was given with.
     """
     same = [
-        each for each in kept.values() if (each.commit is None) == (ref.commit is None) and _ends_in(each.source, ref)
+        each for each in kept.values() if (each.commit is None) == (ref.commit is None) and came_from(each.source, ref)
     ]
     return next((each for each in same if each.client_id == client), next(iter(same), None))
 
 
-def _ends_in(source: str, ref: AdapterRef) -> bool:
+def came_from(source: str, ref: AdapterRef) -> bool:
+    """Whether `source`, of a ledger, is where `ref` is; of folders, as far as their short names say."""
     if source == ref.source or ref.commit or "://" in source or "://" in ref.source:
         return source == ref.source
     return source.endswith(f"/{ref.source}") or ref.source.endswith(f"/{source}")
@@ -153,5 +154,5 @@ def refs_of(
         ref
         for ref in (rooms.expand(sources) if sources else [])
         if place not in (ref.place, str(Path(ref.place).resolve()))
-        and not any((each.commit is None) == (ref.commit is None) and _ends_in(each.source, ref) for each in leave_out)
+        and not any((each.commit is None) == (ref.commit is None) and came_from(each.source, ref) for each in leave_out)
     ]

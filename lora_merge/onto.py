@@ -10,11 +10,13 @@ from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import check_free
 from lora_merge.checkpoint.merge import CertificateMode
+from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.errors import UsageError
-from lora_merge.folding import Fold, How, Located, fold_folder, is_there
+from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
 from lora_merge.intake import Reading
 from lora_merge.options import require_sound
 from lora_merge.screening import Screening
+from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, open_rooms
 
@@ -56,7 +58,7 @@ def fold(
             is published to the repository on top of the commit that was read.
         private: of a repository that is made now; None is private.
         base: of a merge of all clients again, where that is needed.
-        force: replace what is at `output`.
+        force: replace the adapter that is at `output`.
         screening: which arrivals to leave out, and what stops them.
 
     Raises:
@@ -73,6 +75,7 @@ def fold(
     chosen = {name: value for name, value in given.items() if value is not None}
     how = How(chosen, weights, base, device, certificate, workers, screening)
     require_sound(1.0 if global_lr is None else global_lr, workers)
+    require_apart(Path(onto if output is None else output), folders_named(sources))
     if output is not None:
         check_free(Path(output), force=force)
     reading = Reading(max_wait, tell, progress)

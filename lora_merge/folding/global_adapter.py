@@ -3,14 +3,22 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from lora_merge.aggregation.methods import METHODS
+from lora_merge.checkpoint.core_file import StoredCore, open_core
 from lora_merge.checkpoint.merge import DTYPES
-from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME, Description, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import (
+    CORE_NAME,
+    WEIGHTS_NAME,
+    Description,
+    FolderRefused,
+    PeftFolder,
+    open_folder,
+)
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.checkpoint.stacks import Stacks
 from lora_merge.errors import Problem, RefusedError
@@ -33,6 +41,7 @@ class GlobalAdapter:
     folder: PeftFolder
     ledger: Ledger
     lock: Lock
+    core: StoredCore | None = None
 
     @cached_property
     def contributions(self) -> Mapping[str, Contribution]:
@@ -73,16 +82,40 @@ def opened_global(folder: Path, place: str, commit: str | None = None) -> Iterat
         adapter = open_folder(folder)
     except FolderRefused as error:
         raise RefusedError(error.problems(place)) from error
-    try:
-        found = GlobalAdapter(place, commit, adapter, _ledger(folder, place), _lock(folder, place))
+    with ExitStack() as stack:
+        stack.callback(adapter.close)
+        ledger, lock = ledger_in(folder, place), _lock(folder, place)
+        core = stack.enter_context(_core(adapter, ledger, place))
+        found = GlobalAdapter(place, commit, adapter, ledger, lock, core)
         if problems := [Problem(place, field, reason) for field, reason in _contradictions(found)]:
             raise RefusedError(problems, hint="Merge its clients anew, without --onto.")
         yield found
+
+
+@contextmanager
+def _core(adapter: PeftFolder, ledger: Ledger, place: str) -> Iterator[StoredCore | None]:
+    """The core beside a truncated mean, where there is one."""
+    rank = ledger.options.get("rank")
+    if ledger.method != "svd" or type(rank) is not int or not (adapter.folder / CORE_NAME).exists():
+        yield None
+        return
+    try:
+        core = open_core(adapter, rank)
+    except (FileRefused, OSError) as error:
+        field, reason = (error.field, error.reason) if isinstance(error, FileRefused) else ("file", "cannot be read")
+        raise RefusedError([Problem(place, f"{CORE_NAME}, {field}", reason)]) from error
+    try:
+        yield core
     finally:
-        adapter.close()
+        core.file.close()
 
 
-def _ledger(folder: Path, place: str) -> Ledger:
+def ledger_in(folder: Path, place: str) -> Ledger:
+    """The ledger in `folder`, strictly read.
+
+    Raises:
+        RefusedError: there is none, or it is malformed.
+    """
     try:
         if not (folder / LEDGER_NAME).is_file():
             raise FileRefused("file", "is not there, so this is no global adapter")

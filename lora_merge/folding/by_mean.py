@@ -1,0 +1,107 @@
+"""Folding a mean: one stand-in for all clients so far, whose example count is the sum of theirs, and the arrivals.
+
+For svd it is the core, which has lost a little, so a bound is kept of how much; for fedavg and ffa it is the adapter
+itself. All arrivals of one command are folded together; what is in a mean cannot be taken out of it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_merge.adapter import Client, Factors, FactorsSpec, Spec
+from lora_merge.checkpoint.core_file import StoredCore
+from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.merge import Measured
+from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.folding.by_blocks import is_plain
+from lora_merge.folding.global_adapter import GlobalAdapter
+from lora_merge.kept import unpacked
+from lora_merge.ledger import Certificate
+
+STAND_IN = "all before"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A merged adapter as the update of its clients: its scaling brings back N / alpha, which its mean divided by."""
+
+    folder: PeftFolder
+    n: Mapping[str, float]
+    sum: float  # N / alpha
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        return {name: self._spec(name) for name in self.n}
+
+    def _spec(self, name: str) -> FactorsSpec:
+        spec = self.folder.specs[name]
+        assert isinstance(spec, FactorsSpec)
+        return replace(spec, scaling=spec.scaling * self.sum / self.n[name])
+
+    def __getitem__(self, module: str) -> Factors:
+        update = self.folder[module]
+        assert isinstance(update, Factors)
+        return update
+
+
+def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapping[str, float]) -> str | None:
+    """Why a stand-in does not do; None where it does."""
+    ledger = before.ledger
+    if any(client not in weights or client in new for client in before.contributions):
+        return "nobody can be taken out of a mean"
+    if not is_plain(before.folder) or not all(is_plain(folder) for folder in new.values()):
+        return "somebody trained more than low-rank updates"
+    if any(each.block_ranks is None or each.claims is None for each in ledger.contributions):
+        return "the global adapter's ledger does not tell who trained which module"
+    if ledger.method == "svd":
+        return None if before.core else "the global adapter was made without a core that arrivals can be folded into"
+    return None if ledger.dtype == "fp32" else f"a mean is not kept in {ledger.dtype}"
+
+
+def with_stand_in(
+    before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapping[str, float], device: torch.device
+) -> Federation:
+    """The stand-in of all clients so far, and the new ones."""
+    ledger, first = before.ledger, STAND_IN
+    n = _n_by_module(before)
+    if before.core:
+        clients = [Client(first, ledger.total_weight, before.core, stored=True, by_module=n)]
+    else:
+        mean = Mean(before.folder, n, ledger.total_weight / ledger.global_lr)
+        clients = [Client(first, ledger.total_weight, mean, by_module=n)]
+    clients += [Client(client, weights[client], folder) for client, folder in new.items() if weights[client]]
+    return Federation(clients, sum(weights.values()), ledger.global_lr, None, False, device)
+
+
+def _n_by_module(before: GlobalAdapter) -> dict[str, float]:
+    """n of those who have each module."""
+    modules = [name for name, spec in before.folder.specs.items() if isinstance(spec, FactorsSpec)]
+    ranks = {c.client_id: unpacked(c.block_ranks or {}, modules) for c in before.ledger.contributions}
+    return {name: sum(c.weight for c in before.ledger.contributions if ranks[c.client_id][name]) for name in modules}
+
+
+def bound(measured: Iterable[Measured], core: StoredCore, federation: Federation) -> Certificate:
+    """How far the result can be from the mean of all clients, though most of them are known by the core only.
+
+    |W - M| <= |W - M'| + d and |M| >= |M'| - d, where M' is the mean with the core in the place of its clients and d
+    the norm of what the core has lost, at the scale of the mean.
+    """
+    scale = federation.alpha / federation.total
+    parts: dict[str, tuple[float, float]] = {}
+    for module in measured:
+        if module.error is None:
+            return Certificate("off")
+        lost = scale * core.dropped(module.name)
+        error, norm = math.sqrt(module.error.error), math.sqrt(module.error.norm)
+        parts[module.name] = (error + lost, max(norm - lost, 0.0))
+    modules = {name: found for name, part in parts.items() if (found := _guarantee([part]))}
+    return Certificate("bound", _guarantee(parts.values()), modules)
+
+
+def _guarantee(parts: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+    """The bound as a relative error; None where it is above 1 and says nothing."""
+    errors, norms = zip(*parts, strict=True)
+    error, norm = math.hypot(*errors), math.hypot(*norms)
+    return {"relative_error": float(f"{error / norm:.3g}")} if error <= norm and norm else None

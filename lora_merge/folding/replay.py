@@ -1,0 +1,65 @@
+"""A merge made again as its lock says: at once, or one fold after the other where later clients were folded in."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_merge.aggregation.robust import robust_of
+from lora_merge.folding.corridor import How, Located, fold_folder
+from lora_merge.intake import Reading
+from lora_merge.lock import Lock
+from lora_merge.pipeline import aggregate
+from lora_merge.sources.reference import AdapterRef
+
+
+def replay(
+    lock: Lock,
+    refs: Mapping[str, AdapterRef],
+    target: Path,
+    *,
+    core: bool,
+    base: str | Path | None,
+    workers: int | None,
+    reading: Reading,
+) -> None:
+    """Merge the lock's inputs, which lie at `refs` by client id, into the folder `target`; with a `core` or without."""
+    first, *later = lock.folded or [[entry.client_id for entry in lock.inputs]]
+    n = {entry.client_id: entry.weight for entry in lock.inputs}
+    sources = {client: _source(ref) for client, ref in refs.items()}
+    weights = {str(sources[client]): n[client] for client in n}
+
+    def of(group: Sequence[str]) -> tuple[list[str | Path], dict[str, float]]:
+        return [sources[client] for client in group], {str(sources[c]): weights[str(sources[c])] for c in group}
+
+    named, given = of(first)
+    aggregate(
+        named,
+        target,
+        method=lock.method,
+        rank=lock.options.get("rank"),
+        energy=lock.options.get("energy") if lock.options.get("rank") == "auto" else None,
+        density=lock.options.get("density"),
+        seed=lock.options.get("seed"),
+        robust=robust_of(lock.options),
+        weights=given,
+        global_lr=lock.global_lr,
+        base=base,
+        dtype=lock.dtype,
+        certificate="off",
+        workers=workers,
+        core=core,
+        screening=None,
+        max_wait=reading.max_wait,
+        tell=reading.tell,
+        progress=reading.progress,
+    )
+    for group in later:
+        named, given = of(group)
+        how = How({}, given, base, certificate="off", workers=workers)
+        fold_folder(named, Located(target, str(target)), target, (), how, reading)
+
+
+def _source(ref: AdapterRef) -> str | Path:
+    """What names the adapter at `ref` again, for certain."""
+    if ref.commit:
+        return f"hf://{ref.place}@{ref.commit}"
+    return ref.place if "://" in ref.place else Path(ref.place)
