@@ -23,7 +23,7 @@ ROWS = (
     ("check", "federation", "forecast", "inspection", "onto", "verify"),
     ("folding",),
     ("pipeline",),
-    ("evaluation", "locking", "provenance", "publish"),
+    ("defence", "evaluation", "locking", "provenance", "publish"),
     ("intake", "kept"),
     ("weighing",),
     ("selection", "training"),

@@ -22,6 +22,16 @@ from lora_merge.cli.push import (
     push_record,
     push_summary,
 )
+from lora_merge.cli.robust import (
+    ByzantineOption,
+    ClipOption,
+    DensityOption,
+    RobustOption,
+    SeedOption,
+    TrimOption,
+    robust_rows,
+    rules_of,
+)
 from lora_merge.cli.screening import (
     AllowDominantOption,
     AllowListOption,
@@ -52,11 +62,19 @@ def aggregate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The folder to write the global adapter to.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="exact, svd, fedavg or ffa.  [default: exact]")] = None,
-    rank: Annotated[str | None, typer.Option(help="Of svd: a number, auto or lossless.  [default: auto]")] = None,
+    method: Annotated[str | None, typer.Option(help="exact, svd, fedavg, ffa, ties or dare.  [default: exact]")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Of svd, ties, dare: a number, auto or lossless.  [default: auto]")
+    ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Of --rank auto: the share of the squared norm to keep.  [default: 0.99]")
     ] = None,
+    density: DensityOption = None,
+    seed: SeedOption = None,
+    clip: ClipOption = None,
+    robust: RobustOption = None,
+    byzantine: ByzantineOption = None,
+    trim: TrimOption = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -91,11 +109,11 @@ def aggregate(
     drop_duplicates: DropDuplicatesOption = False,
     exclude: ExcludeOption = None,
     skip_rejected: SkipRejectedOption = False,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds that a call may wait for a busy Hub.")] = 300,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the adapter that is at --output.")] = False,
     push: PushOption = None,
     private: PrivateOption = None,
     create_pr: CreatePrOption = False,
@@ -136,6 +154,7 @@ def aggregate(
             "force": force,
             "screening": screening,
             "max_wait": max_wait,
+            **rules_of(clip, robust, byzantine, trim, density, seed, onto=onto),
         }
         if onto is not None:
             _require_no_lock(lock, locked, dry_run)
@@ -217,6 +236,7 @@ def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
         yield "let in", line
     yield "method", f"{ledger.method}, weights by {ledger.weighting}"
     yield "rank", ", ".join(map(str, ledger.ranks)) or "none"
+    yield from robust_rows(ledger)
     yield "certificate", ledger.certificate.sentence()
     if ledger.certificate.not_measured:
         yield "not measured", ", ".join(ledger.certificate.not_measured)
