@@ -1,8 +1,8 @@
 """What is kept of each update while a merge reads it anyway: its norm, and a sketch by which copies are found.
 
-A sketch of delta_w is U^T delta_w V for seeded random signs U and V: it costs a few columns of a product, it does not
-depend on how delta_w is factored, and the inner products of sketches estimate those of the updates without bias. Norms
-are exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). A tensor that was trained whole has no size without the base.
+A sketch of delta_w is U delta_w V^T for seeded random signs U and V, four rows each. It costs little, does not depend
+on how delta_w is factored, and the inner products of sketches estimate those of the updates without bias. Norms are
+exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). A tensor that was trained whole has no size without the base.
 """
 
 import math
@@ -16,12 +16,12 @@ from torch import Tensor
 from lora_merge.adapter import Adapter, Factors, Spec, Update
 from lora_merge.aggregation import gram, lowrank
 
-COLUMNS = 4  # of U and of V: 16 numbers a module
+ROWS = 4  # of U and of V: 16 numbers a module
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """|delta_w|^2 of one module's update, and U^T delta_w V of it, flat."""
+    """|delta_w|^2 of one module's update, and U delta_w V^T of it, flat."""
 
     square: float
     values: Tensor
@@ -51,12 +51,13 @@ class Sketched:
 
 
 def sketch_of(update: Factors) -> Sketch:
-    """The norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + COLUMNS) (d_in + d_out))."""
+    """The norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + 4) (d_in + d_out))."""
     blocks, d_out, _ = update.B.shape
-    A, B = update.A, update.B.mT  # E x r x d_in, E x r x d_out
-    U = _signs(blocks * d_out, 1).reshape(blocks, d_out, COLUMNS)
-    square = update.scaling**2 * float(((B @ B.mT).double() * (A @ A.mT).double()).sum())
-    values = ((B @ U).mT @ (A @ _signs(A.shape[2], 0))).sum(dim=0).reshape(-1).double()
+    A, B = update.A, update.B  # E x r x d_in, E x d_out x r
+    U = _signs(ROWS * blocks, d_out, 1).reshape(blocks, ROWS, d_out)
+    V = _signs(ROWS, A.shape[2], 0)
+    square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
+    values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double()
     if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
         square = gram.squared_norm(update)
     return Sketch(max(0.0, square) if math.isfinite(square) else math.inf, update.scaling * values)
@@ -78,11 +79,14 @@ def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str,
 
 
 def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:
-    nothing = torch.zeros(COLUMNS * COLUMNS, dtype=torch.float64)
+    nothing = torch.zeros(ROWS * ROWS, dtype=torch.float64)
     return torch.cat([adapter.sketches[name].values if name in adapter.sketches else nothing for name in modules])
 
 
 @lru_cache(maxsize=64)
-def _signs(rows: int, side: int) -> Tensor:
-    """Signs of one shape serve every module of that shape: drawing them would cost more than using them."""
-    return lowrank.signs(rows, COLUMNS, lowrank.sketch_seed(side, f"screening {rows}"))
+def _signs(rows: int, columns: int, side: int) -> Tensor:
+    """Signs of one shape serve every module of that shape: drawing them would cost more than using them.
+
+    They lie as rows, by which a product with four of them takes a fifth of the time that it takes with columns.
+    """
+    return lowrank.signs(rows, columns, lowrank.sketch_seed(side, f"screening {columns}"))
