@@ -11,7 +11,7 @@ from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import check_free
 from lora_merge.checkpoint.merge import CertificateMode
 from lora_merge.checkpoint.overwriting import require_apart
-from lora_merge.errors import UsageError
+from lora_merge.errors import UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
 from lora_merge.intake import Reading
 from lora_merge.options import require_sound
@@ -118,9 +118,8 @@ def _published(made: Fold, located: Located, private: bool | None, reading: Read
 
     target = Target(located.place, private=private, parent=located.commit)
     names = [f"{what} {', '.join(who)}" for what, who in _changes(made) if who]
-    pushed = push(
-        made.output, target, message=f"Fold: {'; '.join(names)}"[:200], max_wait=reading.max_wait, tell=reading.tell
-    )
+    message = one_line(f"Fold: {'; '.join(names)}")[:200]  # a ledger may be a stranger's
+    pushed = push(made.output, target, message=message, max_wait=reading.max_wait, tell=reading.tell)
     return replace(made, output=Path(located.place), published=pushed)
 
 
