@@ -4,9 +4,11 @@ Its claims are what a merge compares between clients, or writes into the merged 
 strict readers that read a client's own files. Its block ranks say how wide its part of each stack is.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from lora_merge.adapter import FactorsSpec
@@ -51,26 +53,32 @@ def description_of(contribution: Contribution) -> Description:
     """
     claims = dict(contribution.claims or {})
     stated = claims.pop("statement", None)
+    config = _config(json.dumps(claims, sort_keys=True))
+    if stated is None:
+        return Description(config, None, {})
+    statement = _statement(json.dumps([stated, contribution.recipe], sort_keys=True))
+    own = {"client_id": contribution.client_id, "num_examples": contribution.num_examples}
+    return Description(config, replace(statement, **own), {})  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=32)  # the clients of a federation mostly claim the same
+def _config(text: str) -> AdapterConfig:
+    claims = json.loads(text)
     if unknown := sorted(set(claims) - {"base_model_name_or_path", *_CONFIG}):
         raise ClaimsError(f"claims.{unknown[0][:100]}", "unknown entry")
     config, problems = read_config({"peft_type": "LORA", "init_lora_weights": True, **claims})
     if problems:
         raise ClaimsError(f"claims.{problems[0].field}", problems[0].reason)
-    return Description(config, None if stated is None else _statement(contribution, stated), {})
+    return config
 
 
-def _statement(contribution: Contribution, stated: Any) -> Statement:
+@lru_cache(maxsize=32)
+def _statement(text: str) -> Statement:
+    stated, recipe = json.loads(text)
     if not isinstance(stated, dict) or set(stated) != set(_STATED):
         raise ClaimsError("claims.statement", f"must hold {' and '.join(_STATED)}")
-    whole = {
-        **stated,
-        "schema_version": SCHEMA_VERSION,
-        "client_id": contribution.client_id,
-        "num_examples": contribution.num_examples,
-        "recipe": contribution.recipe,
-    }
     try:
-        return Statement.from_json(whole)
+        return Statement.from_json({**stated, "schema_version": SCHEMA_VERSION, "client_id": "any", "recipe": recipe})
     except StatementError as error:
         raise ClaimsError(f"claims.{error.field}", error.reason) from error
 

@@ -5,7 +5,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 FILE_NAME = "aggregation.json"
@@ -145,8 +146,9 @@ class Ledger:
         return f"the weighted mean of {updates}"
 
     def to_json(self) -> str:
-        """The file's text, ending in a newline."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
+        """The file's text: an entry a line, of lists an item a line; it ends in a newline."""
+        entries = {"schema_version": SCHEMA_VERSION, **vars(self)}
+        return "{\n" + ",\n".join(f"  {_compact(name)}: {_lines(value)}" for name, value in entries.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Ledger":
@@ -165,6 +167,17 @@ class Ledger:
         return ledger
 
 
+def _lines(value: Any) -> str:
+    """A value as JSON: a list of objects with a line for each, anything else in one line."""
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, int)):
+        return "[\n" + ",\n".join(f"    {_compact(item)}" for item in value) + "\n  ]"
+    return _compact(value)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, default=vars, allow_nan=False)
+
+
 def _error(part: Mapping[str, float]) -> str:
     value, spread = part["relative_error"], part.get("standard_error")
     text = f"{value:.2%}" if value >= 1e-3 else f"{value:.1e}"
@@ -174,13 +187,20 @@ def _error(part: Mapping[str, float]) -> str:
 def _read(kind: type[T], where: str, data: Any) -> T:
     """A dataclass from its entries, each by its form below."""
     _object(where or "ledger", data)
-    known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - set(known)):
+    known, required = _entries(kind)  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - known):
         raise LedgerError(f"{where}{unknown[0][:100]}", "unknown entry")
-    required = {name for name, entry in known.items() if entry.default is entry.default_factory is MISSING}
     if missing := sorted(required - set(data)):
         raise LedgerError(f"{where}{missing[0]}", "is missing")
     return kind(**{name: _FORMS[name](f"{where}{name}", value) for name, value in data.items()})
+
+
+@cache
+def _entries(kind: type[Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of all entries of a dataclass, and of those that must be there."""
+    known = fields(kind)
+    required = [entry.name for entry in known if entry.default is entry.default_factory is MISSING]
+    return frozenset(entry.name for entry in known), frozenset(required)
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:

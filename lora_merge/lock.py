@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 FILE_NAME = "lora-merge.lock"
@@ -61,10 +61,10 @@ class Lock:
 
     def to_json(self) -> str:
         """The file's text: canonical JSON, ending in a newline."""
-        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        data = {"schema_version": SCHEMA_VERSION, **vars(self)}
         if not self.folded:
             del data["folded"]
-        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+        return json.dumps(data, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Lock":
