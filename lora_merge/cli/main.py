@@ -20,6 +20,7 @@ from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults
 from lora_merge.cli.train import train
 from lora_merge.cli.verify import verify
+from lora_merge.cli.watch import watch
 
 app = typer.Typer(
     name="lora-merge",
@@ -51,6 +52,7 @@ app.command()(train)
 app.command()(check)
 app.command()(inspect)
 app.command()(aggregate)
+app.command()(watch)
 app.command()(demo)
 app.command()(verify)
 app.command()(evaluate)

@@ -62,17 +62,21 @@ def discard(stream: TextIO) -> None:
 
 @dataclass
 class Output:
-    """Where one command's words go. Built from ``--json``, ``--quiet`` and ``--debug``."""
+    """Where one command's words go. Built from ``--json``, ``--quiet`` and ``--debug``.
+
+    With `lines`, each object of ``--json`` is one line: of a command that prints several.
+    """
 
     as_json: bool = False
     quiet: bool = False
     debug: bool = False
+    lines: bool = False
 
     def __post_init__(self) -> None:
         open_streams()
         # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
         self._stdout = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
-        self._lost = False  # whether stdout could not be written
+        self._spoken = False  # whether stdout has its one object, or could not be written
         self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def result(
@@ -80,7 +84,8 @@ class Output:
     ) -> None:
         """Print the result: `data` under ``--json``, `made` (a line each) under ``-q``, else what `show` draws."""
         if self.as_json:
-            self._write(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False) + "\n")
+            self._write(self._object(data))
+            self._spoken = True
         elif self.quiet:
             self._write("".join(one_line(line) + "\n" for line in ([made] if isinstance(made, str) else made)))
         elif show is not None:
@@ -88,6 +93,18 @@ class Output:
             with self._to_stdout(), self._stdout.capture() as capture:
                 self._stdout.print(drawn)
             self._write("".join(line.rstrip() + "\n" for line in capture.get().split("\n")[:-1]))
+
+    def event(self, data: dict[str, Any], show: str) -> None:
+        """Print one of several results: `data` under ``--json``, nothing under ``-q``, else the line `show`."""
+        if self.as_json:
+            self._write(self._object(data))
+        elif not self.quiet:
+            self._write(one_line(show).rstrip() + "\n")
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether results are drawn on a terminal, for somebody to read."""
+        return not (self.as_json or self.quiet) and self._stdout.is_terminal
 
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
@@ -134,6 +151,10 @@ class Output:
         self._talk(Text("error: ", style="bold red") + Text(one_line(message)))
         self._talk(Text("hint: ", style="cyan") + plain("lora-merge --help"))
 
+    def _object(self, data: dict[str, Any]) -> str:
+        indent = None if self.lines else 2
+        return json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=indent, allow_nan=False) + "\n"
+
     def _write(self, text: str) -> None:
         with self._to_stdout():
             sys.stdout.write(text)
@@ -146,7 +167,7 @@ class Output:
             yield
         except OSError as error:
             discard(sys.stdout)
-            self._lost = True
+            self._spoken = True
             raise StorageError(f"The result could not be written to standard output: {error.strerror}.") from error
 
     def _talk(self, text: Text) -> None:
@@ -161,12 +182,12 @@ class Output:
     def _fail(self, code: int, message: str, hint: str, error: BaseException) -> None:
         if self.debug:
             self._talk(plain(textwrap.indent("".join(traceback.format_exception(error)), "  ")))
-        if self.as_json and not self._lost:
+        if self.as_json and not self._spoken:
             record: dict[str, Any] = {"code": code, "message": message, "hint": hint}
             if isinstance(error, RefusedError):
                 record["problems"] = [vars(problem) for problem in error.problems]
             with suppress(StorageError):
-                self._write(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2) + "\n")
+                self._write(self._object({"error": record}))
                 raise typer.Exit(code)
         self._talk(Text("error: ", style="bold red") + plain(message))
         if hint:

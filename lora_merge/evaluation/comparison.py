@@ -110,7 +110,7 @@ def compare(
         tokenizer = load_tokenizer(found)
         form = question.prompt_form or stated_prompt_form(adapters)
         base = load_base(found, question.dtype, device)
-        held_out = held_out_of(rows, tokenizer, form, _longest(base, question), question.limit, question.seed)
+        held_out = held_out_of(rows, tokenizer, form, longest_row(base, question), question.limit, question.seed)
         tell(f"Prompt form {form}; {len(held_out.examples)} rows, {held_out.tokens.sum()} answer tokens")
         names, kinds = ("base", *_names(opened)), ("base", *map(_kind, adapters))
         with pool(None if device.type == "cpu" else 1) as threads:
@@ -190,7 +190,7 @@ def _names(opened: Sequence[Opened]) -> list[str]:
     return [name if names.count(name) == 1 else each.place for name, each in zip(names, opened, strict=True)]
 
 
-def _longest(base: Any, question: Question) -> int:
+def longest_row(base: Any, question: Question) -> int:
     """`max_length`, but never more than the model reads."""
     return min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
 

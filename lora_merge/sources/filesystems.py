@@ -56,6 +56,7 @@ class FilesystemRoom:
         """
         filesystem, path = _open(source)
         with _Translated(source):
+            filesystem.invalidate_cache()  # of listings, which may be those of an earlier look
             found = sorted(match for match in filesystem.glob(path) if filesystem.isdir(match))
             if not found and filesystem.isdir(path):
                 found = [path]
@@ -63,6 +64,14 @@ class FilesystemRoom:
             raise NotFoundError(f"No folder matches {one_line(source)}.")
         urls = [str(filesystem.unstrip_protocol(match)).rstrip("/") for match in found]
         return [AdapterRef(one_line(url), source, url, room=self) for url in urls]
+
+    def version(self, ref: AdapterRef) -> str:
+        filesystem, folder = _open(ref.place)
+        with _Translated(ref.place):
+            names = sorted(
+                path for path in filesystem.ls(folder, detail=False) if path.rpartition("/")[2] in READ_NAMES
+            )
+            return repr([(name, filesystem.ukey(name)) for name in names])
 
     def examine(self, ref: AdapterRef) -> Candidate:
         filesystem, folder = _open(ref.place)

@@ -2,7 +2,8 @@
 
 import difflib
 import glob
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -24,6 +25,10 @@ class LocalRoom:
         """
         return [AdapterRef(one_line(folder.name), source, str(folder), room=self) for folder in _folders(source)]
 
+    def version(self, ref: AdapterRef) -> str:
+        found = [(name, _stat(Path(ref.place, name))) for name in READ_NAMES]
+        return repr([(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found if s])
+
     def examine(self, ref: AdapterRef) -> Candidate:
         folder = Path(ref.place)
         with closing(open_folder(folder)) as found:
@@ -41,6 +46,20 @@ def is_folder(source: str) -> bool:
     """Whether `source` names a folder here, or a glob matches one."""
     path = Path(source).expanduser()
     return path.is_dir() or any(Path(match).is_dir() for match in glob.iglob(str(path), recursive=True))
+
+
+def folders_named(sources: Sequence[str | Path]) -> Iterator[Path]:
+    """What `sources` name on this machine: folders, files, and the folders that globs match."""
+    for source in sources:
+        path = Path(str(source).removeprefix("file://")).expanduser()
+        yield from [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # one that is not there, or is just being replaced
+        return None
 
 
 def _has(folder: Path, name: str) -> bool:

@@ -71,6 +71,10 @@ class Room(Protocol):
         """The adapters that `source` names, pinned; raises `NotFoundError` where it names none."""
         ...
 
+    def version(self, ref: AdapterRef) -> str:
+        """A text that is another one whenever the files at `ref` are; they are not read for it."""
+        ...
+
     def examine(self, ref: AdapterRef) -> Candidate:
         """List the files and read config, statement and header; raises `FolderRefused` with every reason."""
         ...

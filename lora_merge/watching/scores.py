@@ -1,0 +1,96 @@
+"""The curve as it grows: each state of the global adapter measured once, and stored."""
+
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_merge.errors import NetworkError, UsageError
+from lora_merge.evaluation.comparison import Question
+from lora_merge.evaluation.intervals import Estimate
+from lora_merge.evaluation.meter import Measured, Meter
+from lora_merge.intake import Reading
+from lora_merge.ledger import Ledger
+from lora_merge.watching import curve
+from lora_merge.watching.pace import Pace
+from lora_merge.watching.watch import Arrival, Started
+
+
+class Scores:
+    """Measures what a watch yields, and appends it to a curve; a state that the curve ends with is not measured again.
+
+    Args:
+        question: `base` may be empty: then it is the one that the global adapter names.
+        path: of the curve; what is there is gone on with.
+    """
+
+    def __init__(
+        self,
+        question: Callable[[str], Question],
+        path: Path,
+        reading: Reading,
+        wait: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.path, self._question, self._reading, self._wait = path, question, reading, wait
+        lines = curve.read(path)
+        self._last: str | None = lines[-1]["inputs"] if lines else None
+        self._is_new = not lines
+        self._meter: Meter | None = None
+
+    def of(self, place: str, event: Started | Arrival) -> Iterator[dict[str, Any]]:
+        """The records of an event, stored: of the base before the first, and of the global adapter as it is now."""
+        digest, ledger = curve.inputs_digest(event.ledger), event.ledger
+        if ledger is None or digest == self._last:
+            return
+        made = event.made if isinstance(event, Arrival) else event.commit
+        adapter = f"hf://{place}@{made}" if made else Path(place)
+        meter = self._meter_for(ledger)
+        measured = self._patiently(lambda: meter(adapter, f"{len(ledger.contributions)} clients"))
+        about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "global": place}
+        if self._is_new:
+            base = {"commit": None, "inputs": None, "clients": 0, "client": None, "source": None, "replaced": False}
+            yield self._stored({**about, **base, "examples": 0}, meter.base_alone())
+        arrived = event if isinstance(event, Arrival) else None
+        who = {
+            "commit": made,
+            "inputs": digest,
+            "clients": len(ledger.contributions),
+            "client": arrived.client if arrived else None,
+            "source": arrived.source if arrived else None,
+            "replaced": bool(arrived and arrived.replaced),
+            "examples": curve.examples_of(ledger),
+        }
+        yield self._stored({**about, **who}, measured)
+        self._last, self._is_new = digest, False
+
+    def _meter_for(self, ledger: Ledger) -> Meter:
+        if self._meter is None:
+            question = self._question(ledger.base_model or "")
+            if not question.base:
+                raise UsageError("The global adapter names no base model to evaluate it on.", hint="--base MODEL")
+            self._meter = Meter(question, self._reading.tell, self._reading.progress)
+        return self._meter
+
+    def _patiently(self, measure: Callable[[], Measured]) -> Measured:
+        """What is measured, after a network that fails has come back."""
+        pace = Pace(1.0)
+        while True:
+            try:
+                return measure()
+            except NetworkError as error:
+                pause = pace.after_nothing()
+                self._reading.tell(f"{error.message} The next try is in {pause:.0f} s.")
+                self._wait(pause)
+
+    def _stored(self, record: dict[str, Any], measured: Measured) -> dict[str, Any]:
+        assert self._meter is not None
+        record |= {"data": Path(self._meter.question.data).name, "rows": measured.rows}
+        record |= {"answer_tokens": measured.answer_tokens}
+        record |= {"loss": _numbers(measured.loss), "perplexity": _numbers(measured.loss.exp())}
+        curve.append(self.path, record)
+        return record
+
+
+def _numbers(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.interval.low, "high": estimate.interval.high}
