@@ -10,28 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_merge.checkpoint.overwriting import Kind, require_replaceable
 from lora_merge.errors import StorageError, UsageError
 
 _REPLACED = "replaced"
 
 
 @contextmanager
-def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") -> Iterator[Path]:
     """Yield an empty folder beside `output`; when the block ends well, flush it and rename it to `output`.
 
     When the block raises, the folder is removed and `output` is as it was. What a killed run left beside `output`
     is removed first; a folder that another live run is writing is left alone.
 
     Args:
-        output: the final path. Its parents are made.
-        force: replace what is at `output`; without it, anything there but an empty folder is an error.
+        output: the final path. Its parents are made; a link is followed, and stays.
+        force: replace an adapter or a model, by `kind`, that is at `output` and holds nothing else; without it,
+            anything there but an empty folder is an error.
 
     Raises:
-        UsageError: `output` exists and `force` is false.
+        UsageError: `output` exists, and `force` is false or it is of no such kind.
         StorageError: the disk is full or not writable.
     """
-    output = Path(os.path.abspath(output))
-    check_free(output, force=force)
+    output = Path(os.path.realpath(output))
+    check_free(output, force=force, kind=kind)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         work, lock = work_folder(output)
@@ -41,7 +43,7 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes a private folder, the result is an ordinary one
         yield work
         _flush(work)
-        _replace(output, work, force=force)
+        _replace(output, work, force=force, kind=kind)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
     finally:
@@ -49,12 +51,28 @@ def atomic_folder(output: Path, *, force: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
-def check_free(output: Path, *, force: bool = False) -> None:
-    """Raise `UsageError` where writing `output` would overwrite something and `force` is false."""
-    if force or not os.path.lexists(output):
-        return
-    if not output.is_dir() or any(output.iterdir()):
+def check_free(output: Path, *, force: bool = False, kind: Kind = "adapter") -> None:
+    """Raise `UsageError` where writing `output` would overwrite something that `force` does not cover.
+
+    Raises:
+        StorageError: the folder that `output` is to lie in cannot be written.
+    """
+    if not os.path.exists(output) or (output.is_dir() and not any(output.iterdir())):
+        require_writable(output)
+    elif not force:
         raise UsageError(f"{output} exists already.", hint="Choose another --output, or replace it with --force.")
+    else:
+        require_replaceable(output, kind)
+        require_writable(output)
+
+
+def require_writable(output: Path) -> None:
+    """Raise `StorageError` where nothing can be made at `output`: before the work rather than after it."""
+    parent = next(folder for folder in Path(os.path.realpath(output)).parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise StorageError(f"cannot write {output}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write {output}: {parent} may not be written")
 
 
 def work_folder(output: Path) -> tuple[Path, int]:
@@ -93,7 +111,7 @@ def remove_leftovers(output: Path) -> None:
 @contextmanager
 def alone_beside(output: Path) -> Iterator[None]:
     """Hold what every run takes for a moment before it writes beside `output`: no other run begins or ends here."""
-    parent = os.open(output.parent, os.O_RDONLY)
+    parent = os.open(os.path.dirname(os.path.realpath(output)), os.O_RDONLY)
     try:
         fcntl.flock(parent, fcntl.LOCK_EX)
         yield
@@ -122,11 +140,9 @@ def _flush(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _replace(output: Path, work: Path, *, force: bool) -> None:
+def _replace(output: Path, work: Path, *, force: bool, kind: Kind) -> None:
     """Put `work` at `output`. What was there stays until it is replaced in one step; the caller removes it."""
-    check_free(output, force=force)  # again: it may have been taken while this run worked
-    if output.is_symlink() or output.is_file():
-        output.unlink()
+    check_free(output, force=force, kind=kind)  # again: it may have been taken while this run worked
     if not (output.is_dir() and any(output.iterdir())):
         os.rename(work, output)
     elif not _exchange(work, output):

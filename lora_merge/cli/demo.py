@@ -15,7 +15,7 @@ import typer
 from rich.console import Group, RenderableType
 
 from lora_merge.cli.evaluate import drawn
-from lora_merge.cli.output import DebugOption, JsonOption, Output, plain
+from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 
 if TYPE_CHECKING:
     from lora_merge.demo.steps import Plan
@@ -48,21 +48,24 @@ def demo(
     only: Annotated[Part | None, typer.Option(help="Make one part, and stop.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start anew; the base model is kept.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune a small model at four clients, merge once, and compare: real data, under six minutes on two cores.
 
     Run again after an interruption, it goes on from what is there.
+
+    Example: lora-merge demo --output my-demo
     """
-    out = Output(as_json=as_json, debug=debug)
+    out = Output(as_json, quiet, debug)
     with out.reporting(resume="The same command goes on from what is there."):
         from lora_merge.demo.areas import AREAS
         from lora_merge.demo.steps import plan
 
         if only is Part.data:
-            _make_data(out, output, clients, steps)
+            _make_data(out, output, clients, steps, force)
         elif only is Part.model:
-            _make_model(out, output)
+            _make_model(out, output, force)
         else:
             _open(output, {"clients": clients, "steps": steps, "base": str(base) if base else None}, force)
             cores = _cores()
@@ -76,40 +79,49 @@ def demo(
             out.result(result, made=str(output), show=lambda: _ending(output, record))
 
 
-def _make_data(out: Output, output: Path, clients: int, steps: int) -> None:
+def _make_data(out: Output, output: Path, clients: int, steps: int, force: bool) -> None:
     from lora_merge.demo.areas import AREAS
     from lora_merge.demo.corpus import build, write
     from lora_merge.demo.steps import BATCH_SIZE, HELD_OUT_ROWS_PER_AREA
 
     corpus = build(AREAS[:clients], rows=steps * BATCH_SIZE, held_out_rows=clients * HELD_OUT_ROWS_PER_AREA)
-    rows = write(corpus, output / "data")
+    rows = write(corpus, output / "data", force=force)
     text = ", ".join(f"{name} {count}" for name, count in rows.items())
-    out.result({"output": str(output / "data"), "rows": rows}, show=lambda: plain(f"Rows: {text}"))
+    made = output / "data"
+    out.result({"output": str(made), "rows": rows}, made=str(made), show=lambda: plain(f"Rows: {text}"))
 
 
-def _make_model(out: Output, output: Path) -> None:
+def _make_model(out: Output, output: Path, force: bool) -> None:
     from lora_merge.demo.model import make_base
 
-    make_base(output / "base", out.say)
-    out.result({"output": str(output / "base")}, show=lambda: plain(output / "base"))
+    made = output / "base"
+    if not (force and (made / "config.json").is_file()):  # it depends on no option, so it is kept
+        make_base(made, out.say)
+    out.result({"output": str(made)}, made=str(made), show=lambda: plain(made))
 
 
 def _open(output: Path, settings: Mapping[str, Any], force: bool) -> None:
     """Make the demo's folder, or take up the one that is there.
 
     Raises:
-        UsageError: it holds something else, or a demo with other settings.
+        UsageError: it holds something else (also where `force` would start anew), or a demo with other settings.
         NotFoundError: the base model that was given is not there.
     """
+    from lora_merge.checkpoint.folder import require_writable
+    from lora_merge.checkpoint.overwriting import require_apart
     from lora_merge.errors import NotFoundError, UsageError
 
     if settings["base"] and not Path(settings["base"]).is_dir():
         raise NotFoundError(f"--base {settings['base']}: there is no such folder.")
+    for name in MADE if settings["base"] else ():
+        require_apart(output / name, [Path(settings["base"])])
+    require_writable(output)
     mark = json.dumps(settings, indent=2) + "\n"
     marked = output / SETTINGS
     if output.exists() and not marked.is_file() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is there and holds no demo.", hint="Choose another folder: --output DIR")
     if force:
+        _require_own(output)
         _remove([output / name for name in MADE])
     if marked.is_file() and marked.read_text(encoding="utf-8") != mark:
         raise UsageError(
@@ -121,11 +133,25 @@ def _open(output: Path, settings: Mapping[str, Any], force: bool) -> None:
     marked.write_text(mark, encoding="utf-8")
 
 
+def _require_own(output: Path) -> None:
+    """Raise `UsageError` where `--force` would remove a file that no demo made."""
+    from lora_merge.checkpoint.folder import check_free
+    from lora_merge.errors import UsageError
+
+    check_free(output / "data", force=True, kind="rows")
+    for adapter in (output / "global", *(output / "clients").glob("[!.]*")):
+        check_free(adapter, force=True)
+    if strangers := [path for path in (output / "logs").glob("*") if path.suffix != ".log"]:
+        raise UsageError(f"{strangers[0]} is no log of the demo; --force leaves it alone.")
+
+
 def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, float]:
     """Run what is not done yet, stage by stage; returns the seconds of each step that ran."""
     from lora_merge.demo.crew import Crew
+    from lora_merge.demo.steps import script
 
-    (output / "commands.sh").write_text("\n".join(plan.commands()) + "\n", encoding="utf-8")
+    (output / "commands.sh").write_text(script(plan, Path.cwd()), encoding="utf-8")
+    (output / "commands.sh").chmod(0o755)
     crew, seconds, start = Crew(output / "logs", out.say), dict[str, float](), time.monotonic()
     stages = plan.stages()
     for number, (title, steps) in enumerate(stages, start=1):

@@ -11,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, plain
+from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption
+from lora_merge.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from lora_merge.evaluation.comparison import Comparison, Question
@@ -53,16 +54,22 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the intervals, and of --limit.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write what --json prints here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the evaluation that is at --output.")] = False,
     max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure held-out loss and perplexity of the base and of every adapter on it, with 95 % intervals.
 
     The loss is the mean over all answer tokens, in nats a token; the interval is over examples.
+
+    Example: lora-merge evaluate 'clients/*' global --base org/base --data held-out.jsonl
     """
-    out = Output(as_json=as_json, debug=debug)
+    out = Output(as_json, quiet, debug)
     with out.reporting():
+        if output:
+            _check_output(output, [*adapters, base, data], force)
         from lora_merge.evaluation.comparison import Question, compare
 
         question = Question(
@@ -84,15 +91,50 @@ def evaluate(
             question, progress=lambda name, rows: out.progress(name, rows, "rows"), tell=out.say, warn=out.warn
         )
         record = record_of(question, comparison)
-        if output:
-            _write(output, record)
-        out.result(record, show=lambda: drawn(record))
+        made = [f"{model['name']} {model['loss']['value']:.4f}" for model in record["models"]]
+        out.result(record, made=str(output) if output else made, show=lambda: drawn(record))
+        if output:  # last: what took long to find is told even where it cannot be written
+            _write(output, record, force)
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _check_output(path: Path, inputs: list[str], force: bool) -> None:
+    """Raise where the evaluation could not be written, or would take the place of something else: before the work."""
+    from lora_merge.checkpoint.folder import require_writable
+    from lora_merge.checkpoint.overwriting import require_apart
+    from lora_merge.sources.local import folders_named
+
+    require_apart(path, folders_named(inputs))
+    _require_free(path, force)
+    require_writable(path)
+
+
+def _require_free(path: Path, force: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not (path.is_file() and _is_evaluation(path)):
+        raise UsageError(f"{path} is there and is no evaluation.", hint="Choose another --output.")
+    if not force:
+        raise UsageError(f"{path} exists already.", hint="Choose another --output, or replace it with --force.")
+
+
+def _is_evaluation(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"schema_version", "answer_tokens", "models"} <= found.keys()
+
+
+def _write(path: Path, record: dict[str, Any], force: bool) -> None:
+    _require_free(path, force)  # again: it may have been taken meanwhile
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error.strerror}.") from error
 
 
 def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:

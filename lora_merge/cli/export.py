@@ -24,7 +24,7 @@ def export(
     base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
     output: Annotated[Path, typer.Option(help="The model folder to make.")],
     dtype: Annotated[FileType, typer.Option(help="Float type of the file; the sum is always in fp32.")] = FileType.fp32,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that is at --output.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,

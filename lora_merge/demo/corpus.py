@@ -81,10 +81,10 @@ def build(areas: Sequence[Area], *, rows: int, held_out_rows: int, library: Path
     return Corpus(train, tuple(judged))
 
 
-def write(corpus: Corpus, folder: Path) -> dict[str, int]:
+def write(corpus: Corpus, folder: Path, *, force: bool = False) -> dict[str, int]:
     """Write the corpus as JSON lines: a file a client, and `held-out.jsonl`; returns the rows of each file."""
     parts = {**corpus.train, "held-out": corpus.held_out}
-    with atomic_folder(folder) as work:
+    with atomic_folder(folder, force=force, kind="rows") as work:
         for name, functions in parts.items():
             lines = "".join(json.dumps(function.row(), ensure_ascii=False) + "\n" for function in functions)
             (work / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -79,6 +79,12 @@ class Plan:
         return [step.shown() for _, steps in self.stages() for step in steps]
 
 
+def script(plan: Plan, place: Path) -> str:
+    """The commands as a shell script for `place`, that may be run again: each step replaces what it made."""
+    lines = ["#!/bin/sh", "# What the demo ran.", "set -e", f"cd {shlex.quote(str(place))}"]
+    return "\n".join([*lines, *(f"{command} --force" for command in plan.commands())]) + "\n"
+
+
 def plan(folder: Path, areas: Sequence[Area], *, steps: int, base: Path | None, threads: int | None) -> Plan:
     """The demo's commands.
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.errors import UsageError
 from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
 from lora_merge.sources.base_models import find_model
+from lora_merge.sources.local import folders_named
 from lora_merge.training.base_model import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,14 +51,15 @@ def export(
         base: the base model's folder or repository id.
         output: the folder to make.
         dtype: of the file: fp32, bf16 or fp16.
-        force: replace what is at `output`.
+        force: replace the model that is at `output`.
 
     Raises:
         UsageError: `output` exists, or the base is not a model.
         RefusedError: the adapter was refused, or does not fit the base.
         NotFoundError, NetworkError: the adapter or the base is not there.
     """
-    check_free(output, force=force)
+    require_apart(output, folders_named([adapter, base]))
+    check_free(output, force=force, kind="model")
     with open_adapters([adapter], tell=tell) as opened:
         if len(opened) != 1:
             raise UsageError(f"{adapter} names {len(opened)} adapters; one is exported.")
@@ -66,7 +69,7 @@ def export(
         model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)
     merged = model.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
     tell(f"Writing {output}")
-    with atomic_folder(output, force=force) as folder:
+    with atomic_folder(output, force=force, kind="model") as folder:
         merged.save_pretrained(folder, safe_serialization=True)
         _copy_tokenizer(found.folder, folder)
     nbytes = sum(path.stat().st_size for path in output.iterdir())

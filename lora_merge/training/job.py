@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.folder import check_free
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, StatementError, check_client_id
@@ -142,6 +143,7 @@ def _check_output(job: Job) -> None:
         raise UsageError(f"{job.output} holds other files ({strangers[0]}): name a new folder.")
     if there and not (job.force or (job.resume and waiting)):
         raise UsageError(f"{job.output} already holds an adapter.", hint="--force trains it anew and replaces it.")
+    check_free(job.output, force=True)  # now, and not after hours of training
 
 
 def _mark(job: Job, loaded: LoadedRecipe, base: BaseModel) -> str:

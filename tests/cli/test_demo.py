@@ -75,14 +75,31 @@ def test_every_step_left_its_folder(finished: tuple[Path, str, str]) -> None:
 
 def test_the_printed_commands_are_those_that_ran_and_run_again(finished: tuple[Path, str, str], tmp_path: Path) -> None:
     folder, _, err = finished
-    script = (folder / "commands.sh").read_text()
-    assert all(f"$ {line}\n" in err for line in script.splitlines()[:4])
-    aggregate = next(line for line in script.splitlines() if " aggregate " in line)
+    commands = [line for line in (folder / "commands.sh").read_text().splitlines() if line.endswith(" --force")]
+    assert len(commands) == 5
+    assert all(f"$ {line.removesuffix(' --force')}\n" in err for line in commands[:4])  # the fifth holds line breaks
+    aggregate = next(line for line in commands if " aggregate " in line)
     again = aggregate.replace(str(folder / "global"), str(tmp_path / "again"))
     arguments = again.split(" aggregate ")[1]
     subprocess.run([sys.executable, "-m", "lora_merge", "aggregate", *shlex.split(arguments)], check=True)
     weights = [(place / "adapter_model.safetensors").read_bytes() for place in (folder / "global", tmp_path / "again")]
     assert weights[0] == weights[1]
+
+
+def test_the_script_runs_again_from_anywhere_and_stops_at_what_fails(
+    finished: tuple[Path, str, str], base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "demo")
+    script = (folder / "commands.sh").read_text().replace(str(finished[0]), str(folder))
+    (folder / "commands.sh").write_text(script)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("**/adapter_model.safetensors")}
+    done = subprocess.run([folder / "commands.sh"], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("**/adapter_model.safetensors")}
+    assert before.keys() == after.keys()
+    assert all(after[path] > before[path] for path in before)
+    (folder / "commands.sh").write_text(script.replace(str(base), "/none"))
+    assert subprocess.run([folder / "commands.sh"], capture_output=True, check=False).returncode == 4
 
 
 def test_a_finished_demo_is_shown_and_not_done_again(finished: tuple[Path, str, str], base: Path, run: Run) -> None:

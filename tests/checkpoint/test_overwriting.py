@@ -1,0 +1,128 @@
+"""What --force may replace: a result of its own kind, whole and alone; and nothing ever that is read."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.overwriting import Kind, require_apart
+from lora_merge.errors import StorageError, UsageError
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MODEL = ("config.json", "model.safetensors", "tokenizer.json")
+GLOBAL = (*ADAPTER, "README.md", "aggregation.json", "aggregation_core.safetensors", "lora-merge.lock")
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("old")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("adapter", ADAPTER),
+        ("adapter", GLOBAL),
+        ("adapter", (*ADAPTER, "lora_merge.json", "tokenizer.json", ".gitattributes")),
+        ("adapter", ("adapter_config.json", "adapter_model.bin")),
+        ("model", MODEL),
+        ("model", ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json")),
+        ("rows", ("held-out.jsonl", "text.jsonl")),
+        ("adapter", ()),
+    ],
+)
+def test_a_result_of_its_kind_is_replaced(kind: Kind, names: tuple[str, ...], tmp_path: Path) -> None:
+    output = folder_of(tmp_path / "out", *names)
+    with atomic_folder(output, force=True, kind=kind) as work:
+        (work / "new").touch()
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("adapter", ("thesis.txt",)),
+        ("adapter", ("README.md",)),
+        ("adapter", ("adapter_config.json",)),
+        ("adapter", (*ADAPTER, "thesis.txt")),
+        ("adapter", (*ADAPTER, "optimizer.pt")),
+        ("adapter", MODEL),
+        ("model", GLOBAL),
+        ("model", ("config.json",)),
+        ("rows", ("mine.jsonl",)),
+    ],
+)
+def test_anything_else_is_left_alone_even_with_force(kind: Kind, names: tuple[str, ...], tmp_path: Path) -> None:
+    output = folder_of(tmp_path / "out", *names)
+    with pytest.raises(UsageError, match="leaves it alone"), atomic_folder(output, force=True, kind=kind):
+        pass
+    assert sorted(path.name for path in output.iterdir()) == sorted(names)
+
+
+def test_a_folder_or_a_link_inside_is_not_ours(tmp_path: Path) -> None:
+    (folder_of(tmp_path / "a", *ADAPTER) / "checkpoint-1").mkdir()
+    (folder_of(tmp_path / "b", *ADAPTER) / "README.md").symlink_to(tmp_path)
+    for name in ("a", "b"):
+        with pytest.raises(UsageError, match="leaves it alone"):
+            check_free(tmp_path / name, force=True)
+
+
+def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    with pytest.raises(UsageError, match="not a folder"), atomic_folder(rows, force=True):
+        pass
+    assert rows.read_text() == "{}"
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    folder_of(tmp_path / "first", *ADAPTER)
+    (tmp_path / "latest").symlink_to("first")
+    with atomic_folder(tmp_path / "latest", force=True) as work:
+        (work / "new").touch()
+    assert (tmp_path / "latest").is_symlink()
+    assert [path.name for path in (tmp_path / "first").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("output", "relation"),
+    [
+        ("in/a", "is"),
+        ("in/a/", "is"),
+        ("in/b/../a", "is"),
+        ("link", "is"),
+        ("in/a/global", "lies in"),
+        ("link/new/global", "lies in"),
+        ("in", "contains"),
+        (".", "contains"),
+    ],
+)
+def test_an_output_is_apart_from_every_input(
+    output: str, relation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in")
+    folder_of(tmp_path / "in" / "a", *ADAPTER)
+    folder_of(tmp_path / "in" / "b", *ADAPTER)
+    (tmp_path / "link").symlink_to("in/a")
+    with pytest.raises(UsageError, match=f"{relation} the input in/a"):
+        require_apart(Path(output), [Path("in/a"), Path("in/b")])
+
+
+@pytest.mark.parametrize("output", ["global", "in/global", "in/a2"])
+def test_a_place_beside_the_inputs_is_free(output: str, tmp_path: Path) -> None:
+    require_apart(tmp_path / output, [tmp_path / "in" / "a"])
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="is not a folder"):
+        check_free(tmp_path / "file" / "out")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(StorageError, match="may not be written"):
+        check_free(tmp_path / "new" / "out")
