@@ -31,7 +31,7 @@ def mutant(random: Random, data: bytes) -> bytes:
     text = text_of(header).encode("utf-8", "surrogatepass")
     length = len(text)
     if random.random() < 0.04:
-        length = random.choice([0, length - 1, length + 1, 2**20, 2**20 + 1, 2**63, 2**64 - 1])
+        length = random.choice([0, max(0, length - 1), length + 1, 2**20, 2**20 + 1, 2**63, 2**64 - 1])
     if random.random() < 0.04:
         text += b" " * random.choice([1, 8, 2**20])
         length = len(text)
