@@ -17,7 +17,7 @@ from lora_merge.aggregation.robust import trimmed_mean, weighted_median
 from lora_merge.aggregation.target import Target
 from lora_merge.aggregation.whole import Value
 
-SORTED = 1 << 21  # entries sorted at a time
+SORTED = 1 << 17  # entries sorted at a time: what stays in the cache
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Coordinates:
 
     def of(self, values: Tensor, n: Tensor, rest: float) -> Tensor:
         """The rule on m x … values of weights n, and a zero of weight `rest` for the clients that are absent."""
+        n = n.to(values.device)
         if rest > 0:
             values = torch.cat([values, torch.zeros_like(values[:1])])
             n = torch.cat([n, torch.tensor([rest], dtype=n.dtype, device=n.device)])

@@ -16,7 +16,8 @@ from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.module import Module, Share
 from lora_merge.aggregation.sums import beside_identity
 
-HELD = 1 << 25  # entries of all clients' updates formed at a time
+HELD = 1 << 22  # entries of all clients' updates formed at a time: not many more than the cache holds
+ROWS = 16  # but no fewer rows, since each run reads every client again
 LARGEST = torch.finfo(torch.float32).max
 BIAS = slice(-1, None)  # the rows that a combination is told of for the biases of lora_B
 
@@ -89,7 +90,7 @@ def form(module: Module, combine: Combine, scales: Mapping[str, float] | None = 
 def row_runs(shape: Sequence[int], held: int) -> Iterator[tuple[int, slice]]:
     """Runs of rows of each block, so short that `held` of them fit into HELD; in order."""
     blocks, d_out, d_in = shape
-    rows = max(1, HELD // (held * d_in))
+    rows = max(ROWS, HELD // (held * d_in))
     for block in range(blocks):
         for start in range(0, d_out, rows):
             yield block, slice(start, min(start + rows, d_out))

@@ -106,6 +106,7 @@ def test_the_runs_of_rows_do_not_change_the_result(
     updates = [update(seed, blocks=2) for seed in range(5)]
     whole = formed(updates, rule)
     monkeypatch.setattr(target, "HELD", held)
+    monkeypatch.setattr(target, "ROWS", 1)
     monkeypatch.setattr(coordinates, "SORTED", 7)
     assert torch.allclose(formed(updates, rule), whole, atol=1e-6)
 
