@@ -152,7 +152,7 @@ KINDS: Sequence[Kind] = (
         models.llama,
         (
             Client({"r": 2, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj"]}, torch.bfloat16, 10),
-            Client({"r": 5, "lora_alpha": 1, "target_modules": "all-linear"}, torch.float16, 30),
+            Client({"r": 5, "lora_alpha": 1, "target_modules": "all-linear"}, torch.float16, 20),
             Client({"r": 3, "target_modules": r".*layers\.1\..*(gate|up|down)_proj"}, torch.float32, 5),
             Client({"target_modules": ["v_proj", "down_proj"], "layers_to_transform": [0]}, num_examples=7),
         ),
