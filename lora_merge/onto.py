@@ -37,7 +37,7 @@ def fold(
     global_lr: float | None = None,
     base: str | Path | None = None,
     dtype: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     certificate: CertificateMode | None = None,
     workers: int | None = None,
     force: bool = False,

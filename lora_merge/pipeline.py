@@ -68,7 +68,7 @@ def aggregate(
     global_lr: float = 1.0,
     base: str | Path | None = None,
     dtype: str = "fp32",
-    device: str = "cpu",
+    device: str = "auto",
     certificate: CertificateMode | None = None,
     workers: int | None = None,
     force: bool = False,

@@ -40,9 +40,8 @@ def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") 
     except OSError as error:
         raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
     try:
-        os.chmod(work, 0o777 & ~_umask())  # mkdtemp makes a private folder, the result is an ordinary one
         yield work
-        _flush(work)
+        _flush(work, _umask())
         _replace(output, work, force=force, kind=kind)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
@@ -129,12 +128,17 @@ def _umask() -> int:
     return mask
 
 
-def _flush(folder: Path) -> None:
-    """fsync every file and folder under `folder`: after the rename a power cut must not leave empty files."""
+def _flush(folder: Path, umask: int) -> None:
+    """Give every file and folder the mode of ordinary ones, and fsync it.
+
+    mkdtemp and safetensors make private ones; and after the rename a power cut must not leave empty files.
+    """
     for root, _, files in os.walk(folder):
-        for path in (*(os.path.join(root, name) for name in files), root):
+        modes = {os.path.join(root, name): 0o666 for name in files} | {root: 0o777}
+        for path, mode in modes.items():
             descriptor = os.open(path, os.O_RDONLY)
             try:
+                os.fchmod(descriptor, mode & ~umask)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -1,6 +1,7 @@
 """A client's PEFT folder, opened strictly: config, header, statement; its tensors stay in the file until asked for."""
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from lora_merge.checkpoint.safetensors_file import (
     open_safetensors,
     parse_json,
 )
-from lora_merge.errors import Problem
+from lora_merge.errors import NotFoundError, Problem
 from lora_merge.statement import FILE_NAME, MAX_BYTES, Statement, StatementError
 
 CONFIG_NAME = "adapter_config.json"
@@ -71,7 +72,10 @@ def open_folder(folder: Path) -> PeftFolder:
 
     Raises:
         FolderRefused: with every reason to refuse it.
+        NotFoundError: the folder, or a file in it, may not be read.
     """
+    if not os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
+        raise NotFoundError(f"{folder} may not be read: permission denied.")
     names = [name for name in (*READ_NAMES, PICKLE_NAME) if (folder / name).exists()]
     opened: list[SafetensorsFile] = []
     small: dict[str, str] = {}
@@ -106,6 +110,7 @@ def describe(
 
     Raises:
         FolderRefused: with every reason to refuse it.
+        NotFoundError: a file may not be read.
     """
     if PICKLE_NAME in names and WEIGHTS_NAME not in names:
         reason = "is a pickle, which can run code when read; only adapter_model.safetensors is accepted"
@@ -125,6 +130,8 @@ def describe(
         header = entries()
     except FileRefused as problem:
         raise FolderRefused([*problems, FileRefused(f"{WEIGHTS_NAME}, {problem.field}", problem.reason)]) from None
+    except PermissionError as error:
+        raise _no_access(error) from error
     except OSError as error:
         raise FolderRefused([*problems, FileRefused(WEIGHTS_NAME, error.strerror or "cannot be read")]) from None
     if config is not None and not problems:
@@ -146,6 +153,10 @@ class FolderRefused(ValueError):
         return [Problem(client, reason.field, reason.reason) for reason in self.reasons]
 
 
+def _no_access(error: PermissionError) -> NotFoundError:
+    return NotFoundError(f"{error.filename} may not be read: permission denied.")
+
+
 def _statement(text: bytes) -> Statement:
     try:
         return Statement.from_json(parse_json(text, FILE_NAME))
@@ -165,6 +176,8 @@ def _read_small(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
             text = file.read(limit + 1)
+    except PermissionError as error:
+        raise _no_access(error) from error
     except OSError as error:
         raise FileRefused(path.name, error.strerror or "cannot be read") from error
     if len(text) > limit:

@@ -22,14 +22,17 @@ def export(
         str, typer.Argument(metavar="GLOBAL", help="The merged adapter (or a client's): its folder, or ORG/NAME.")
     ],
     base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
-    output: Annotated[Path, typer.Option(help="The model folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to make.")],
     dtype: Annotated[FileType, typer.Option(help="Float type of the file; the sum is always in fp32.")] = FileType.fp32,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at --output.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write the base model with the adapter's update merged in, in fp32: a model folder that needs no PEFT."""
+    """Write the base model with the adapter's update merged in, in fp32: a model folder that needs no PEFT.
+
+    Example: lora-merge export global --base org/base --output merged
+    """
     out = Output(as_json, quiet, debug)
     with out.reporting():
         from lora_merge.evaluation.merged_model import export as export_model

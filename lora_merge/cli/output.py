@@ -139,7 +139,8 @@ class Output:
         except KeyboardInterrupt as error:
             self._fail(130, "Interrupted; nothing half-written was left.", resume, error)
         except OSError as error:
-            self._fail(7, one_line(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")), "", error)
+            code = 4 if isinstance(error, PermissionError) else 7
+            self._fail(code, one_line(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")), "", error)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:

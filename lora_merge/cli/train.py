@@ -36,7 +36,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a federation: ORG/NAME.")],
     data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
     client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME.")],
-    output: Annotated[Path, typer.Option(help="The adapter folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to make.")],
     base: Annotated[Path | None, typer.Option(help="A folder with the weights of the recipe's base model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -50,7 +50,10 @@ def train(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune one client's LoRA adapter by a recipe that the whole federation shares."""
+    """Fine-tune one client's LoRA adapter by a recipe that the whole federation shares.
+
+    Example: lora-merge train laptop --data mine.jsonl --client-id org/client-1 --output client-1
+    """
     out = Output(as_json, quiet, debug)
     with out.reporting(resume="The same command with --resume goes on from the last checkpoint."):
         from lora_merge.training.job import Job, check_job

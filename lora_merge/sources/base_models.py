@@ -141,6 +141,13 @@ def _said_now_and_then(tell: Tell, repo: str) -> Advance:
 
 
 def _sound(found: FoundBase) -> FoundBase:
+    """`found`, if it is a model folder that may be read: what transformers says otherwise helps nobody."""
+    try:
+        locked = [path for path in found.folder.iterdir() if path.is_file() and not os.access(path, os.R_OK)]
+    except PermissionError:
+        locked = [found.folder]
+    if locked:
+        raise NotFoundError(f"Base model: {min(locked)} may not be read: permission denied.")
     if not (found.folder / "config.json").is_file():
         raise UsageError(f"{found.folder} holds no config.json: it is not a model.")
     weight_files(found.folder)

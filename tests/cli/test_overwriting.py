@@ -45,7 +45,9 @@ def test_aggregate_replaces_its_own_result_and_no_other_thing(clients: Path, lor
     (tmp_path / "project" / "thesis.txt").write_text("years")
     (tmp_path / "rows.jsonl").write_text("{}")
     for output in ("project", "rows.jsonl"):
-        assert lora_merge("aggregate", "in/*", "-o", output, "--force")[0] == 2
+        code, _, err = lora_merge("aggregate", "in/*", "-o", output, "--force")
+        assert code == 2
+        assert "--force" in err
     assert (tmp_path / "project" / "thesis.txt").read_text() == "years"
     assert (tmp_path / "rows.jsonl").read_text() == "{}"
     assert clients.is_dir()
@@ -56,7 +58,9 @@ def test_a_fold_replaces_its_own_global_and_never_an_arrival(clients: Path, lora
     client(tmp_path / "late", seed=3)
     assert lora_merge("aggregate", "late", "--onto", "global", "-q")[0] == 0
     before = everything(clients)
-    assert lora_merge("aggregate", "late", "in/*", "--onto", "global", "-o", "in/client-1", "--force")[0] == 2
+    code, _, err = lora_merge("aggregate", "late", "in/*", "--onto", "global", "-o", "in/client-1", "--force")
+    assert code == 2
+    assert "is the input" in err
     assert everything(clients) == before
 
 
@@ -77,7 +81,9 @@ def test_export_never_writes_over_what_it_reads_or_what_is_no_model(
     other = shutil.copytree(adapters[0], tmp_path / "other")
     before = everything(tmp_path)
     for output in (model, adapter, adapter / "model", tmp_path, other):
-        assert lora_merge("export", "global", "--base", "base", "-o", str(output), "--force")[0] == 2
+        code, _, err = lora_merge("export", "global", "--base", "base", "-o", str(output), "--force")
+        assert code == 2
+        assert "the input" in err or "leaves it alone" in err
     assert everything(tmp_path) == before
 
 
@@ -89,7 +95,9 @@ def test_evaluate_replaces_nothing_but_an_evaluation_and_that_only_by_force(
     before = everything(tmp_path)
     run = ("evaluate", str(adapters[2]), "--base", str(base), "--data", str(rows), "--device", "cpu", "-q")
     for output in (rows, tmp_path / "notes.json", adapters[2] / "new.json", base / "new.json", tmp_path):
-        assert lora_merge(*run, "-o", str(output), "--force")[0] == 2, output
+        code, _, err = lora_merge(*run, "-o", str(output), "--force")
+        assert code == 2, output
+        assert "the input" in err or "no evaluation" in err
     assert everything(tmp_path) == before
     assert lora_merge(*run, "-o", "new/made.json")[:2] == (0, "new/made.json\n")
     assert [lora_merge(*run, "-o", "new/made.json", *more)[0] for more in ((), ("--force",))] == [2, 0]
@@ -128,6 +136,8 @@ def test_a_demo_never_removes_what_no_demo_made(base: Path, lora_merge: Run, tmp
     (demo / "clients" / "thesis.txt").write_text("years")
     model = shutil.copytree(base, demo / "global" / "base")
     before = everything(tmp_path)
-    assert lora_merge("demo", "--output", "demo", "--base", str(base), "--force")[0] == 2
-    assert lora_merge("demo", "--output", "demo", "--base", str(model), "--force")[0] == 2
+    for chosen, said in ((base, "leaves it alone"), (model, "contains the input")):
+        code, _, err = lora_merge("demo", "--output", "demo", "--base", str(chosen), "--force")
+        assert code == 2
+        assert said in err
     assert everything(tmp_path) == before
