@@ -152,7 +152,7 @@ def of_value(value: Value, name: str, clients: Sequence[str]) -> Tensor | None:
         return torch.zeros(len(clients), len(clients), dtype=torch.float64)
     if value.base is None:
         return None
-    base = value.base()
+    base = value.base().to(value.shares[0].read().device)
     found = torch.zeros(len(owners), len(owners), dtype=torch.float64)
     for i, share in enumerate(value.shares):
         row = share.read()

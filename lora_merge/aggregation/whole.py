@@ -78,7 +78,7 @@ class Value:
             return float((written.double() - common.double()).square().sum()), 0.0
         if self.base is None:
             return None
-        base = self.base().double().reshape(written.shape)
+        base = self.base().to(written).double().reshape(written.shape)
         update = torch.zeros_like(base)
         for share in self.shares:
             update += (share.read().double() - base) * (self.alpha * share.n / self.total)

@@ -285,10 +285,10 @@ def _completed(merged: Factors, spec: FactorsSpec) -> Factors:
 
 
 def _write(writer: SafetensorsWriter, name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """Write a tensor in the file's type; returns what was written, as fp32."""
+    """Write a tensor in the file's type; returns what was written, as fp32 where the tensor was."""
     cast = tensor.to("cpu", DTYPES[dtype][1])
     if not torch.isfinite(cast.float().sum()) and not torch.isfinite(cast).all():
         hint = "" if dtype == "fp32" else "Write it with --dtype fp32."
         raise RefusedError([Problem("all clients", name, f"their mean does not fit into {dtype}")], hint=hint)
     writer.write(name, cast)
-    return cast.float()
+    return cast.to(tensor.device).float()
