@@ -120,6 +120,10 @@ class Patience:
         if self._ended.is_set():
             raise NetworkError("The session with the Hub has ended.")
 
+    def has_ended(self) -> bool:
+        """Whether the session has ended, or was interrupted."""
+        return self._ended.is_set()
+
     def end(self) -> None:
         """Wake whoever waits, and stop every download at its next bytes."""
         self._ended.set()

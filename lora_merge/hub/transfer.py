@@ -3,6 +3,7 @@ download that comes byte by byte.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,14 +38,18 @@ def within(seconds: float, move: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)  # one that cannot be ended must not keep the process
     thread.start()
+    session, until = client.patience(), time.monotonic() + seconds
     try:
-        thread.join(seconds)
+        while thread.is_alive() and time.monotonic() < until and not session.has_ended():
+            thread.join(0.2)
     except KeyboardInterrupt:
         abort_xet_session()  # type: ignore[no-untyped-call]
         raise
     if thread.is_alive():
+        # Also where an interrupt has aborted already: what began just then began in a new session of Xet.
         abort_xet_session()  # type: ignore[no-untyped-call]
-        thread.join(1)
+        thread.join(5)
+        session.require_going_on()
         raise NetworkError(f"The Hub has not sent or taken a file within {seconds:.0f} s.", hint="Try again later.")
     if failures:
         raise failures[0]
