@@ -64,11 +64,16 @@ def median_of(numbers: Sequence[float]) -> float:
     return statistics.median([number for number in numbers if number > 0] or [0.0])
 
 
-def dominant(counts: Mapping[str, float]) -> list[Problem]:
-    """The clients whose count is above five times the median, or above half of the total; from four clients on."""
-    if len(counts) < FEW_COUNTS:
+def dominant(counts: Mapping[str, float], before: Mapping[str, float] | None = None) -> list[Problem]:
+    """The clients whose count is above five times the median, or above half of the total; from four clients on.
+
+    Args:
+        before: counts of clients that are in already: they count for the median and the total.
+    """
+    usual = {**(before or {}), **counts}
+    if len(usual) < FEW_COUNTS:
         return []
-    median, total = median_of(list(counts.values())), sum(counts.values())
+    median, total = median_of(list(usual.values())), sum(usual.values())
     found = []
     for client, count in counts.items():
         if count > TIMES_MEDIAN * median or count > total / 2:

@@ -19,10 +19,18 @@ class Weighed:
     waved_through: tuple[str, ...] = ()
 
 
-def weighed(candidates: Mapping[str, Candidate], weights: Weights, selection: Selection) -> Weighed:
+def weighed(
+    candidates: Mapping[str, Candidate],
+    weights: Weights,
+    selection: Selection,
+    before: Mapping[str, float] | None = None,
+) -> Weighed:
     """The weight of each client; a weight may be given by id, by source, or by the source as the user wrote it.
 
     Whoever `selection` left out may have a weight too, which then counts for nothing.
+
+    Args:
+        before: the counts of clients that are in already, which self-stated ones are held against.
 
     Raises:
         UsageError: a weight is missing or wrong.
@@ -40,9 +48,9 @@ def weighed(candidates: Mapping[str, Candidate], weights: Weights, selection: Se
         if screening.cap_examples is not None:
             raise UsageError("--cap-examples is of the clients' own counts; weights that you give are not touched.")
         return Weighed(n, weights if isinstance(weights, str) else "given")
-    cap = cap_of(screening.cap_examples, list(n.values()))
+    cap = cap_of(screening.cap_examples, [*(before or {}).values(), *n.values()])
     capped = {client: count if cap is None else min(count, cap) for client, count in n.items()}
-    problems = dominant(capped)
+    problems = dominant(capped, before)
     if problems and not screening.allow_dominant:
         raise RefusedError(problems, hint=ways_past_dominance(n))
     waved = tuple(one_line(f"{problem} (--allow-dominant)") for problem in problems)
