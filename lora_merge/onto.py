@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
-from lora_merge.checkpoint.folder import check_free
+from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers
 from lora_merge.checkpoint.merge import CertificateMode
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.errors import UsageError, one_line
@@ -97,7 +97,10 @@ def _located(onto: str | Path, reading: Reading) -> Located:
     with open_rooms(reading.max_wait, reading.tell) as rooms:
         kind = rooms.kind(onto)
         if kind == "folder":
-            folder = Path(onto)
+            folder = Path(onto).absolute()
+            if folder.parent.is_dir():
+                with alone_beside(folder):
+                    remove_leftovers(folder)  # of a killed fold: the next one may find nothing new, and write nothing
             return Located(folder if is_there(folder) else None, str(folder.resolve()))
         repo = str(onto).removeprefix("hf://").removeprefix("models/")
         if kind != "repository" or "@" in repo:

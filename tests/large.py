@@ -1,8 +1,8 @@
 """Adapters large enough that a merge takes a while and torch would use threads; written without PEFT, run in children.
 
 `python -m tests.large ROOT` forks a child for each line of standard input (JSON: `output`, `method`) that merges
-ROOT/client-* into `output`, and answers with how it ended. The child is killed `after` so many seconds, or when it
-touches a file for the `die_at`-th time.
+ROOT/client-* into `output`, or folds the first `fold` of them onto it, and answers with how it ended. The child is
+killed `after` so many seconds, or when it touches a file for the `die_at`-th time.
 """
 
 import json
@@ -60,10 +60,14 @@ def die_at(count: int, root: Path) -> None:
 
 def merge(root: Path, request: dict[str, Any]) -> None:
     """What a child does."""
-    from lora_merge import aggregate
+    from lora_merge import aggregate, fold
 
     if request.get("die_at"):
         die_at(request["die_at"], root.parent)
+    if count := request.get("fold"):
+        options = {"method": "svd", "rank": 4} if request["method"] == "svd" else {}
+        fold(sorted(root.glob("client-*"))[:count], Path(request["output"]), **options)
+        return
     options = {"rank": 16} if request["method"] == "svd" else {}
     options["force"] = request.get("force", False)
     aggregate(sorted(root.glob("client-*")), Path(request["output"]), method=request["method"], **options)

@@ -65,6 +65,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merger]:
     merger.close()
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merger]:
+    """Of modules wide enough that four clients are still a stack."""
+    merger = Merger(tmp_path_factory.mktemp("wide"), modules=2, width=96)
+    yield merger
+    merger.close()
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -103,6 +111,27 @@ def test_a_kill_while_an_old_result_is_replaced_leaves_the_old_or_the_new_one(qu
         assert digests(output) in (old, new)
         assert quick.run(output, force=True) == 0
         assert digests(output) == new
+        assert [path.name for path in output.parent.iterdir()] == ["global"]
+        killed, at = killed + 1, later(at)
+    assert killed > 10
+
+
+@pytest.mark.parametrize("method", ["exact", "svd"])
+def test_a_kill_while_a_client_is_folded_in_leaves_the_old_or_the_new_global(method: str, wide: Merger) -> None:
+    old, new, output = (wide.root / f"fold-{method}" / name / "global" for name in ("old", "new", "killed"))
+    assert wide.run(old, method, fold=3) == 0
+    shutil.copytree(old, new)
+    assert wide.run(new, method, fold=4) == 0
+    assert digests(old) != digests(new)
+    killed, at = 0, 1
+    while True:
+        shutil.rmtree(output.parent, ignore_errors=True)
+        shutil.copytree(old, output)
+        if wide.run(output, method, fold=4, die_at=at) == 0:
+            break
+        assert digests(output) in (digests(old), digests(new))
+        assert wide.run(output, method, fold=4) == 0
+        assert digests(output) == digests(new)
         assert [path.name for path in output.parent.iterdir()] == ["global"]
         killed, at = killed + 1, later(at)
     assert killed > 10
