@@ -71,6 +71,7 @@ class Problem:
 
 
 MAX_SHOWN = 40
+MOST_ALIKE = 3  # so many of one client with one reason are listed each; more are one line
 
 
 class RefusedError(LoraMergeError):
@@ -83,10 +84,25 @@ class RefusedError(LoraMergeError):
         clients = len({problem.client for problem in self.problems})
         count = len(self.problems)
         lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}; nothing was written."
-        shown = [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
-        if count > MAX_SHOWN:
-            shown.append(f"  and {count - MAX_SHOWN} more (--json lists all of them)")
+        lines = _lines(self.problems)
+        shown = [f"  {line}" for line in lines[:MAX_SHOWN]]
+        if len(lines) > MAX_SHOWN:
+            shown.append(f"  and {len(lines) - MAX_SHOWN} more (--json lists all of them)")
         super().__init__(lead, hint=hint, more=shown)
+
+
+def _lines(problems: Sequence[Problem]) -> list[str]:
+    """A line for each problem; those of one client with one reason, as of every module, are one with an example."""
+    alike: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.client, problem.reason), []).append(problem)
+    lines = list[str]()
+    for (client, reason), some in alike.items():
+        if len(some) <= MOST_ALIKE:
+            lines += map(str, some)
+        else:
+            lines.append(one_line(f"{client}: {some[0].field} and {len(some) - 1} more: {reason}"))
+    return lines
 
 
 class Refusals:

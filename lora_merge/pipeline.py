@@ -179,7 +179,7 @@ def merge_modules(
             return merges, merge.write(merges, settings, path, threads, advance)
     except RefusedError as error:
         # One tensor was refused; before saying so, look at all the others too.
-        raise RefusedError([*error.problems, *merge.value_problems(federation, threads)]) from None
+        raise RefusedError([*error.problems, *merge.value_problems(federation, threads)], hint=error.hint) from None
 
 
 def require_same_files(folders: Mapping[str, PeftFolder]) -> None:

@@ -33,6 +33,7 @@ class Recipe:
         base_commit: its commit; None is the newest (what was used is recorded).
         r, lora_alpha, lora_dropout, target_modules: the LoRA shape; `target_modules` may be "all-linear".
         seed_lora_A: the seed of the lora_A that all clients start from.
+        freeze_lora_A: train lora_B alone, so that all keep one lora_A: what the method `ffa` merges.
         prompt_form: how a row becomes text: `plain`, `alpaca` or `chat`.
         max_length: tokens of a row, prompt and answer together; what is longer is cut at its end.
         epochs, steps: passes over the client's rows, or optimiser steps; exactly one of the two.
@@ -63,10 +64,13 @@ class Recipe:
     base_commit: str | None = None
     epochs: float | None = None
     steps: int | None = None
+    freeze_lora_A: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Every setting but the name, as JSON types."""
+        """Every setting but the name, as JSON types; for the digest's sake one that came later only where it is set."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "name"}
+        if not self.freeze_lora_A:
+            del values["freeze_lora_A"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def digest(self) -> str:

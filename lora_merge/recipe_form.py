@@ -64,6 +64,12 @@ def _one_of(choices: Sequence[str]) -> Callable[[Any], str]:
     return read
 
 
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("must be true or false")
+    return value
+
+
 def _text(form: str, what: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if not isinstance(value, str) or not re.fullmatch(form, value):
@@ -94,6 +100,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "lora_dropout": _real(0, 1, open_low=False),
     "target_modules": _targets,
     "seed_lora_A": _whole(0),
+    "freeze_lora_A": _flag,
     "prompt_form": _one_of(PROMPT_FORMS),
     "max_length": _whole(2),
     "learning_rate": _real(0, 1),

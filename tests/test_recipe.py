@@ -39,6 +39,7 @@ OTHER: dict[str, Any] = {
     "lora_dropout": 0.1,
     "target_modules": "all-linear",
     "seed_lora_A": 8,
+    "freeze_lora_A": True,
     "prompt_form": "chat",
     "max_length": 65,
     "learning_rate": 0.002,

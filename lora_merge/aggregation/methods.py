@@ -78,6 +78,7 @@ def svd(module: Module, options: Options) -> Plan:
     reference="Zhang et al. 2023, arXiv:2305.05644 (FedIT); McMahan et al. 2017",
     laws={"identity", "order", "scale"},
     folds="mean",
+    instead="--method exact or svd merges them as they are.",
 )
 def fedavg(module: Module, options: Options) -> Plan:
     """The means of lora_A and of lora_B apart: not the mean update; near it only from a shared start of lora_A."""
@@ -95,6 +96,7 @@ def fedavg(module: Module, options: Options) -> Plan:
     reference="Sun et al. 2024, arXiv:2403.12313 (FFA-LoRA)",
     laws={"identity", "order", "scale", "exact", "absent"},
     folds="mean",
+    instead="--method exact or svd merges them as they are; for ffa, train with freeze_lora_A: true in the recipe.",
 )
 def ffa(module: Module, options: Options) -> Plan:
     """The mean of lora_B on a lora_A that every client kept frozen: exact at the clients' own rank."""
@@ -102,8 +104,8 @@ def ffa(module: Module, options: Options) -> Plan:
     first = module.shares[0].read()
     for share in module.shares[1:]:
         if not torch.equal(share.read().A, first.A):
-            reason = f"lora_A of {module.name} is not bit-identical in all clients, which ffa needs"
-            raise MethodRefused("method", reason, share)
+            reason = "lora_A is not bit-identical in all clients, which ffa needs"
+            raise MethodRefused(module.name, reason, share)
     coefficients = [1.0] + [0.0] * (len(module.shares) - 1)
     return _plan(module, module.spec.r, 1.0, "ffa", lambda: sum_factors(module, a_coefficients=coefficients))
 
@@ -150,5 +152,5 @@ def _require_one_rank(module: Module, name: str) -> None:
         raise MethodRefused("method", f"{name} needs the clients' own lora_A, which a stack of blocks does not keep")
     ranks = sorted({share.spec.r for share in module.shares})
     if len(ranks) > 1:
-        reason = f"{module.name} has the ranks {', '.join(map(str, ranks))}; {name} needs one (use exact or svd)"
-        raise MethodRefused("r", reason)
+        reason = f"the clients have the ranks {', '.join(map(str, ranks))}; {name} needs one"
+        raise MethodRefused(module.name, reason)

@@ -66,6 +66,7 @@ class Method:
             `mean`, into what stands for them all; None where it cannot be.
         linear: whether its result is proportional to each client's weight over the total; ties divides by it.
         heeds: the fields of `Options` that change its result.
+        instead: what to do where it refuses a module.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Method:
     plan: Callable[[Module, Options], Plan]
     heeds: frozenset[str] = frozenset()
     linear: bool = True
+    instead: str = ""
 
 
 METHODS: dict[str, Method] = {}
@@ -100,12 +102,14 @@ def method(
     folds: Folds | None,
     heeds: Collection[str] = (),
     linear: bool = True,
+    instead: str = "",
 ) -> Callable[[PlanFunction], PlanFunction]:
     """Register a method under `name`; its docstring's first line becomes its summary."""
 
     def register(plan: PlanFunction) -> PlanFunction:
         summary = (plan.__doc__ or "").splitlines()[0]
-        METHODS[name] = Method(name, summary, reference, frozenset(laws), folds, plan, frozenset(heeds), linear)
+        kept, heeded = frozenset(laws), frozenset(heeds)
+        METHODS[name] = Method(name, summary, reference, kept, folds, plan, heeded, linear, instead)
         return plan
 
     return register

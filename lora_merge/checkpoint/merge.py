@@ -183,7 +183,7 @@ def plan(federation: Federation, settings: Settings, threads: ThreadPoolExecutor
     """
     planned = over(threads, partial(_plan_one, federation, settings), federation.names)
     if problems := [problem for result in planned if isinstance(result, list) for problem in result]:
-        raise RefusedError(problems)
+        raise RefusedError(problems, hint=METHODS[settings.method].instead)
     return _one_rank_per_owner([result for result in planned if not isinstance(result, list)])
 
 

@@ -26,6 +26,7 @@ app = typer.Typer(
     name="lora-merge",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORA_MERGE"},
 )
 

@@ -17,7 +17,7 @@ RECIPE_NAME, START_NAME, CARD_NAME = "recipe.yaml", "lora_start.json", "README.m
 FILES = (RECIPE_NAME, START_NAME, CARD_NAME)
 TAG = "lora-merge-federation"
 # What would leave the federation. The rest of the settings may be set otherwise for one run, and is stated if so.
-FIXED = ("script", "base_model", "base_commit", "r", "target_modules", "seed_lora_A", "prompt_form")
+FIXED = ("script", "base_model", "base_commit", "r", "target_modules", "seed_lora_A", "freeze_lora_A", "prompt_form")
 
 _SCHEMA_VERSION = 1
 _SHA256 = re.compile("[0-9a-f]{64}")

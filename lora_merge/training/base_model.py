@@ -102,10 +102,12 @@ def _readable(base: FoundBase) -> Iterator[None]:
 
 def add_lora(model: Any, recipe: Recipe) -> Any:
     """The model with the recipe's LoRA on it, in fp32, started from the shared seed."""
-    from lora_merge.training.lora_start import start_from_seed
+    from lora_merge.training.lora_start import freeze_lora_A, start_from_seed
 
     model = unstarted_lora(model, recipe)
     start_from_seed(model, recipe.seed_lora_A)
+    if recipe.freeze_lora_A:
+        freeze_lora_A(model)
     return model
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lora_merge.errors import UsageError
+
 
 def start_from_seed(model: Any, seed: int, adapter_name: str = "default") -> int:
     """Overwrite every LoRA factor of a PEFT model with its seeded start; returns the number of modules.
@@ -38,6 +40,19 @@ def seeded_start(model: Any, seed: int, adapter_name: str = "default") -> dict[s
         name: _sha256(seeded_uniform(seed, name, tuple(drawn.shape), bound))
         for name, drawn, _, bound in _factors(model, adapter_name)
     }
+
+
+def freeze_lora_A(model: Any) -> None:
+    """Leave lora_A as it started, so that only lora_B is trained.
+
+    Raises:
+        UsageError: an embedding has LoRA; its lora_A starts at zero, and frozen there it would learn nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_embedding_A" in name:
+            raise UsageError(f"freeze_lora_A: {name} is of an embedding, whose lora_A starts at zero.")
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
 
 
 def _factors(model: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:

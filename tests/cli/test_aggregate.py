@@ -220,6 +220,20 @@ def test_every_bad_client_is_named_at_once_and_nothing_is_written(run: Run, two:
     assert not (two[0].parent / "global").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "lines"), [("ffa", ["  org/b: layer: lora_A"]), ("fedavg", ["  all clients: layer: the clients have"])]
+)
+def test_a_method_that_cannot_merge_names_the_modules_and_the_methods_that_can(
+    method: str, lines: list[str], run: Run, tmp_path: Path
+) -> None:
+    for name, r in (("a", 2), ("b", 2 if method == "ffa" else 3)):
+        client(tmp_path / name, r=r, seed=r + (name == "b"))
+    code, _, err = run("a", "b", "-o", "global", "--method", method)
+    assert code == 3
+    assert all(line in err for line in lines)
+    assert "hint: --method exact or svd" in err
+
+
 def test_a_refused_config_is_exit_3_and_names_client_field_and_reason(run: Run, two: tuple[Path, Path]) -> None:
     (two[1] / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "use_qalora": true, "lora_alpha": "8"}')
     code, out, err = run("a", "b", "-o", "global")

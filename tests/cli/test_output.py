@@ -104,6 +104,24 @@ def test_json_lists_every_problem_where_the_words_show_the_first_forty(capsys: C
     assert problems[0] == {"client": "org/000", "field": "lora_A", "reason": "holds NaN"}
 
 
+def test_one_reason_for_many_modules_of_a_client_is_one_line_with_an_example(capsys: Captured) -> None:
+    many = [Problem("org/a", f"layer.{number:02}", "is frozen") for number in range(20)]
+    few = [Problem("org/b", f"layer.{number}", "is frozen") for number in range(3)]
+    error = RefusedError([*many, *few, Problem("org/a", "r", "is 0")], hint="Thaw it.")
+    raised(Output(), error)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 24 problems in 2 inputs; nothing was written.",
+        "  org/a: layer.00 and 19 more: is frozen",
+        "  org/a: r: is 0",
+        "  org/b: layer.0: is frozen",
+        "  org/b: layer.1: is frozen",
+        "  org/b: layer.2: is frozen",
+        "hint: Thaw it.",
+    ]
+    raised(Output(as_json=True), error)
+    assert len(json.loads(capsys.readouterr().out)["error"]["problems"]) == 24
+
+
 def is_harmless(text: str) -> bool:
     return all(char == "\n" or char.isprintable() for char in text)
 

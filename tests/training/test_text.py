@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_merge import aggregate
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.recipe import folder, load
 from lora_merge.sources.base_models import FoundBase, weights_sha256
@@ -103,6 +104,23 @@ def test_the_statement_states_the_run(train: Train, base: Path) -> None:
     assert stated.recipe.overrides == {"batch_size": 5, "epochs": 2.0, "micro_batch_size": 5, "steps": None}
     assert stated.trained_at["start"] <= stated.trained_at["end"]
     assert {"lora_merge", "torch", "transformers", "peft", "python"} == set(stated.versions)
+
+
+def test_clients_that_froze_lora_A_are_merged_exactly_by_ffa(train: Train, base: Path, tmp_path: Path) -> None:
+    settings = {"freeze_lora_A": True, "target_modules": ["q_proj", "o_proj"]}
+    clients = [train(client_id=f"org/{name}", output=tmp_path / name, seed=ord(name), **settings) for name in "ab"]
+    first, second = map(tensors, clients)
+    assert all(torch.equal(first[name], second[name]) for name in first if "lora_A" in name)
+    assert not any(torch.equal(first[name], second[name]) for name in first if "lora_B" in name)
+    merged = aggregate([client.output for client in clients], tmp_path / "global", method="ffa")
+    assert merged.ledger.ranks == [4]
+    assert merged.ledger.certificate.whole is not None
+    assert merged.ledger.certificate.whole["relative_error"] < 1e-6
+
+
+def test_an_embeddings_lora_A_cannot_be_frozen(train: Train) -> None:
+    with pytest.raises(UsageError, match="embedding"):
+        train(freeze_lora_A=True, target_modules=["embed_tokens"])
 
 
 def test_a_run_shorter_than_an_epoch_counts_the_rows_that_it_trained_on(train: Train) -> None:
