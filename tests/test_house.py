@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "watching"),
     ("check", "federation", "forecast", "inspection", "onto", "verify"),
     ("folding",),
     ("pipeline",),
