@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented there
 
 from lora_merge.adapter import Factors, FactorsSpec, Spec
 from lora_merge.aggregation.core import TIMES, core_of, core_rank
@@ -16,6 +17,7 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import CORE_NAME, PeftFolder
 from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile, open_safetensors
 from lora_merge.checkpoint.writer import SafetensorsWriter
+from lora_merge.errors import Problem, RefusedError
 
 ROUNDED_UP = 1 + 1e-6  # a bound may not shrink when it is written as fp32
 
@@ -94,5 +96,8 @@ def write_core(
 
     try:
         over(threads, write, range(len(modules)))
+    except LinAlgError as error:
+        reason = "a client's or the core's numbers are so large that their singular values cannot be computed"
+        raise RefusedError([Problem("all clients", CORE_NAME, reason)]) from error
     finally:
         writer.close()

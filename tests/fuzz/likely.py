@@ -139,6 +139,7 @@ LOCK: Mapping[str, Sequence[Any]] = {
     "weighting": ["examples", "given"],
     "dtype": ["fp32"],
     "base_model": [None, "org/x"],
+    "folded": [[], None, [["org/client-0"], ["org/client-1"]], [["a"]], ["a"], [[1]]],
     "environment": [{}, {"cpu": "x"}, {"a": 1}],
     "versions": [{}, {"torch": "2"}],
 }
