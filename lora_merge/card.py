@@ -148,6 +148,8 @@ def _merge(ledger: Ledger) -> Iterator[str]:
         yield f"* Averaging lora_A and lora_B apart would have missed it by: {ledger.certificate.gap_sentence()}."
     if ledger.ranks:
         yield f"* Rank: {_range(ledger.ranks)}."
+    if ledger.parent:
+        yield f"* Folded onto an earlier global adapter: {_cell(ledger.parent)}."
 
 
 def _robust(ledger: Ledger) -> Iterator[str]:
