@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_merge.onto import Fold as Fold
-    from lora_merge.onto import fold as fold
+    from lora_merge.folding.onto import Fold as Fold
+    from lora_merge.folding.onto import fold as fold
     from lora_merge.pipeline import Aggregation as Aggregation
     from lora_merge.pipeline import aggregate as aggregate
 
@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "aggregate": "lora_merge.pipeline",
     "Aggregation": "lora_merge.pipeline",
-    "fold": "lora_merge.onto",
-    "Fold": "lora_merge.onto",
+    "fold": "lora_merge.folding.onto",
+    "Fold": "lora_merge.folding.onto",
 }
 __all__ = ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
 

@@ -10,7 +10,7 @@ from lora_merge.aggregation.schedule import default_workers
 from lora_merge.aggregation.weights import Weights
 from lora_merge.intake import Reading, examined
 from lora_merge.ledger import LeftOut
-from lora_merge.screening import SCREENED, Screening
+from lora_merge.screening.stops import SCREENED, Screening
 
 FLOAT_BYTES = 4
 COPIES = 3  # a module's factors as they are read, as they are stacked, and as they are written or factorised

@@ -26,7 +26,6 @@ from lora_merge.intake import Reading, accepted, federation_of
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
-from lora_merge.measuring import findings
 from lora_merge.options import merge_settings, require_sound
 from lora_merge.provenance import (
     contributions_of,
@@ -36,7 +35,8 @@ from lora_merge.provenance import (
     with_findings,
     write_records,
 )
-from lora_merge.screening import SCREENED, Screening
+from lora_merge.screening.measuring import findings
+from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT

@@ -30,7 +30,7 @@ from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock, LockedInput
-from lora_merge.measuring import Findings
+from lora_merge.screening.measuring import Findings
 
 
 def contributions_of(

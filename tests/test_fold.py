@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lora_merge import aggregate
 from lora_merge.errors import ConflictError, NotFoundError, RefusedError, UsageError
 from lora_merge.folding import corridor
-from lora_merge.onto import fold
+from lora_merge.folding.onto import fold
 from lora_merge.verify import verify
 from tests.adapters import KINDS, Kind, edited
 from tests.conftest import Federations, digests

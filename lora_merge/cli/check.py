@@ -11,7 +11,7 @@ from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lora_merge.check import Checked
+    from lora_merge.inspection.check import Checked
 
 
 def check(
@@ -29,7 +29,7 @@ def check(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting():
-        from lora_merge.check import check as run
+        from lora_merge.inspection.check import check as run
         from lora_merge.intake import Reading
 
         found = run(source, Reading(max_wait, out.say, out.progress))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lora_merge.forecast import Forecast, ForecastClient
-    from lora_merge.screening import Screening
+    from lora_merge.screening.stops import Screening
 
 
 def show_forecast(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from lora_merge.inspection import Inspected, Inspection
+    from lora_merge.inspection.inspect import Inspected, Inspection
 
 LONGEST_NAME = 20
 
@@ -39,9 +39,9 @@ def inspect(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting():
-        from lora_merge.inspection import inspect as run
+        from lora_merge.inspection.inspect import inspect as run
         from lora_merge.intake import Reading
-        from lora_merge.screening import Screening
+        from lora_merge.screening.stops import Screening
 
         screening = Screening(allow_list=allow_list, exclude=tuple(exclude or ()))
         reading = Reading(max_wait, out.say, out.progress)

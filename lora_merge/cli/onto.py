@@ -14,8 +14,8 @@ from lora_merge.errors import UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from lora_merge.folding.onto import Fold
     from lora_merge.ledger import Ledger
-    from lora_merge.onto import Fold
 
 OntoOption = Annotated[
     str | None,
@@ -40,7 +40,7 @@ def run_fold(
     publish_to: tuple[str | None, bool | None, bool],
     rows: "Callable[[Ledger], Iterator[tuple[str, str]]]",
 ) -> None:
-    """Fold, publish, and show it. `options` are those of `lora_merge.onto.fold`; `publish_to` is of --push."""
+    """Fold, publish, and show it. `options` are those of `lora_merge.folding.onto.fold`; `publish_to` is of --push."""
     push, private, create_pr = publish_to
     max_wait = options["max_wait"]
     if push and output is None:
@@ -48,7 +48,7 @@ def run_fold(
     own = private if push is None and not create_pr else None  # of the repository that --onto names
     target = may_publish(out, push, None if own is not None else private, create_pr, max_wait)
     started = time.monotonic()
-    from lora_merge.onto import fold
+    from lora_merge.folding.onto import fold
 
     result = fold(sources, onto, output=output, private=own, tell=out.say, progress=out.progress, **options)
     for warning in result.warnings:

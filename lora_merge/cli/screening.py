@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lora_merge.screening import Screening
+    from lora_merge.screening.stops import Screening
 
 CapExamplesOption = Annotated[
     str | None, typer.Option(metavar="N", help="Count no client for more examples: a number, or 5x of the median.")
@@ -42,7 +42,7 @@ def screening_of(
     skip_rejected: bool,
 ) -> "Screening":
     """The options together."""
-    from lora_merge.screening import Screening
+    from lora_merge.screening.stops import Screening
 
     return Screening(
         cap_examples, allow_dominant, allow_outliers, allow_list, tuple(exclude or ()), drop_duplicates, skip_rejected

@@ -85,7 +85,7 @@ def watch(
     with out.reporting(resume="The same command goes on: what is in is in."):
         seconds = None if duration is None else seconds_of(duration)
         from lora_merge.intake import Reading
-        from lora_merge.screening import Screening
+        from lora_merge.screening.stops import Screening
         from lora_merge.watching.sight import place_of
         from lora_merge.watching.watch import watch as run
 

@@ -10,10 +10,10 @@ from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
-from lora_merge.selection import Selection
+from lora_merge.screening.selection import Selection
+from lora_merge.screening.weighing import Weighed, weighed
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms
-from lora_merge.weighing import Weighed, weighed
 
 Contributions = Mapping[str, Contribution]
 RULES = ("examples", "uniform", "given")

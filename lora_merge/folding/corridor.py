@@ -28,8 +28,8 @@ from lora_merge.lock import Lock
 from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
 from lora_merge.provenance import ledger_of, lock_of, write_records
-from lora_merge.screening import Screening
-from lora_merge.selection import Selection
+from lora_merge.screening.selection import Selection
+from lora_merge.screening.stops import Screening
 from lora_merge.sources.reference import Progress
 from lora_merge.sources.rooms import open_rooms
 
@@ -100,7 +100,7 @@ def fold_folder(
     how: How,
     reading: Reading,
 ) -> Fold:
-    """Bring what is new in `sources` into the global adapter `onto`, written to `target`: see `lora_merge.onto`."""
+    """Bring what is new in `sources` into the global adapter `onto`, written to `target`: see `lora_merge.folding.onto`."""
     if onto.folder is None:
         return _first(sources, onto, target, withdraw, how, reading)
     with (

@@ -21,12 +21,12 @@ from lora_merge.errors import (
     UsageError,
 )
 from lora_merge.folding.corridor import require_folds
+from lora_merge.folding.onto import Fold, fold
 from lora_merge.intake import Reading
 from lora_merge.ledger import Ledger
-from lora_merge.onto import Fold, fold
 from lora_merge.options import merge_settings, require_sound
-from lora_merge.screening import SCREENED, Screening
-from lora_merge.selection import Selection, by_client_id, listed
+from lora_merge.screening.selection import Selection, by_client_id, listed
+from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import Rooms, open_rooms
 from lora_merge.watching.pace import Pace

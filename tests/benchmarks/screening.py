@@ -16,9 +16,9 @@ from pathlib import Path
 from llama_7b import LAYERS, temporary_folder, write_clients
 
 from lora_merge import aggregate
-from lora_merge.inspection import inspect
+from lora_merge.inspection.inspect import inspect
 from lora_merge.intake import Reading
-from lora_merge.screening import SCREENED, Screening
+from lora_merge.screening.stops import SCREENED, Screening
 
 
 def main() -> None:

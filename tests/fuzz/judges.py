@@ -25,10 +25,10 @@ from lora_merge.checkpoint.peft_folder import MAX_GLOBAL_R, FolderRefused, PeftF
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding.global_adapter import opened_global
+from lora_merge.folding.onto import fold
 from lora_merge.kept import ClaimsError, description_of
 from lora_merge.ledger import Ledger, LedgerError
 from lora_merge.lock import Lock, LockError
-from lora_merge.onto import fold
 from tests.adapters import WEIGHTS
 
 CORE_RANK = 2  # of the merges that have a core

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from lora_merge import aggregate
-from lora_merge.onto import fold
+from lora_merge.folding.onto import fold
 from tests import models
 from tests.adapters import CONFIG, KINDS, STATEMENT, WEIGHTS, Kind, clients, edited, federation
 from tests.fuzz import documents, likely, weights

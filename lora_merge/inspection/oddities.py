@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from lora_merge.aggregation.gram import Gram
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.intake import Accepted
-from lora_merge.screening import dominant, identical, nearly_identical, outliers
+from lora_merge.screening.stops import dominant, identical, nearly_identical, outliers
 
 AWAY = -0.2  # a cosine below it is no coincidence between updates of so many numbers
 

@@ -20,10 +20,10 @@ from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem, RefusedError
+from lora_merge.inspection.oddities import num_examples, oddities, reasons_to_stop
 from lora_merge.intake import Accepted, Reading, accepted
 from lora_merge.ledger import LeftOut
-from lora_merge.oddities import num_examples, oddities, reasons_to_stop
-from lora_merge.screening import Screening
+from lora_merge.screening.stops import Screening
 
 
 @dataclass(frozen=True)

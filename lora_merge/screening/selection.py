@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, one_line
 from lora_merge.ledger import LeftOut
-from lora_merge.screening import Screening
+from lora_merge.screening.stops import Screening
 from lora_merge.sources.reference import AdapterRef, Candidate
 
 LONGEST_REASON = 400  # characters; a ledger takes short texts

@@ -12,7 +12,15 @@ from lora_merge.aggregation.sketch import Sketched, cosines
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import Problem, RefusedError, one_line
-from lora_merge.screening import FEW_NORMS, WAYS_PAST_OUTLIERS, Copy, Screening, identical, nearly_identical, outliers
+from lora_merge.screening.stops import (
+    FEW_NORMS,
+    WAYS_PAST_OUTLIERS,
+    Copy,
+    Screening,
+    identical,
+    nearly_identical,
+    outliers,
+)
 
 PERHAPS_A_COPY = 0.99  # a sketched cosine; whether it is above the bound is then measured
 LONGEST_LINE = 500  # characters; a ledger takes short texts

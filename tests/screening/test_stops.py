@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from lora_merge.errors import Problem, UsageError
-from lora_merge.screening import (
+from lora_merge.screening.stops import (
     Copy,
     cap_of,
     dominant,

@@ -23,7 +23,7 @@ class Screening:
         cap_examples: the most examples that a client counts for: a number, or `5x` for five times the median.
         allow_dominant: go on where one self-stated count is far above the others'.
         allow_outliers: go on where one update is far larger than the others.
-        allow_list: a file of the sources that may take part (see `lora_merge.selection.read_list`).
+        allow_list: a file of the sources that may take part (see `lora_merge.screening.selection.read_list`).
         exclude: sources or client ids, or patterns of them, that do not take part.
         drop_duplicates: of equal or nearly equal updates, keep the first by client id.
         skip_rejected: go on without the clients that are refused.

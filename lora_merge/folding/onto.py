@@ -15,7 +15,7 @@ from lora_merge.errors import UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
 from lora_merge.intake import Reading
 from lora_merge.options import require_sound
-from lora_merge.screening import Screening
+from lora_merge.screening.stops import Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, open_rooms

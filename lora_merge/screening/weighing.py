@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from lora_merge.aggregation.weights import Weights, resolve_weights
 from lora_merge.errors import RefusedError, UsageError, one_line
-from lora_merge.screening import cap_of, dominant, ways_past_dominance
-from lora_merge.selection import Selection
+from lora_merge.screening.selection import Selection
+from lora_merge.screening.stops import cap_of, dominant, ways_past_dominance
 from lora_merge.sources.reference import Candidate
 
 

@@ -15,11 +15,11 @@ from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.errors import Problem, Refusals, RefusedError, UsageError, one_line
 from lora_merge.intake import Reading
-from lora_merge.measuring import read_all
 from lora_merge.publish.files import left_out
 from lora_merge.publish.prepare import Prepared, prepare
 from lora_merge.publish.push import own_secrets
-from lora_merge.selection import is_folder
+from lora_merge.screening.measuring import read_all
+from lora_merge.screening.selection import is_folder
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import Rooms, open_rooms
 

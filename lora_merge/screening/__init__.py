@@ -1,0 +1,1 @@
+"""Whom a merge of strangers' adapters takes in: the user's lists, and the stops at counts, norms and copies."""
