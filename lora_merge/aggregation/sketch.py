@@ -72,10 +72,46 @@ def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str,
     if not names:
         return {}
     modules = sorted({module for name in names for module in clients[name].sketches})
-    rows = torch.stack([_row(clients[name], modules) for name in names])  # m x (16 modules)
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = _units(torch.stack([_row(clients[name], modules) for name in names]))  # m x (16 modules)
     pairs = (unit @ unit.mT).triu(1)
     return {(names[i], names[j]): float(pairs[i, j]) for i, j in (pairs > above).nonzero().tolist()}
+
+
+def sketches_of_blocks(update: Factors, bounds: Sequence[int]) -> Tensor:
+    """The sketch of each of m updates that lie side by side as one, m x 16; in O(r (d_in + d_out)).
+
+    Args:
+        bounds: where each begins among the r columns of B and rows of A, and where the last one ends.
+    """
+    blocks, d_out, r = update.B.shape
+    U = _signs(ROWS * blocks, d_out, 1).reshape(blocks, ROWS, d_out)
+    V = _signs(ROWS, update.A.shape[2], 0)
+    columns = torch.einsum("eir,erj->rij", U @ update.B, update.A @ V.mT).reshape(r, -1).double()
+    owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.diff(torch.tensor(bounds)))
+    nothing = torch.zeros(len(bounds) - 1, ROWS * ROWS, dtype=torch.float64)
+    return nothing.index_add_(0, owners, columns[: len(owners)]).mul_(update.scaling)
+
+
+def cosines_to_blocks(
+    clients: Mapping[str, Sketched], names: Sequence[str], sketches: Mapping[str, Tensor], *, above: float
+) -> dict[tuple[str, str], float]:
+    """The estimated cosines of the pairs (name, client) that may be above `above`.
+
+    Args:
+        sketches: of each module, a row for each of `names`, as of `sketches_of_blocks`.
+    """
+    new = sorted(client for client, adapter in clients.items() if adapter.norm)
+    modules = sorted({*sketches, *(module for client in new for module in clients[client].sketches)})
+    if not new or not names:
+        return {}
+    absent = torch.zeros(len(names), ROWS * ROWS, dtype=torch.float64)
+    stored = _units(torch.cat([sketches.get(module, absent) for module in modules], dim=1))
+    pairs = stored @ _units(torch.stack([_row(clients[client], modules) for client in new])).mT
+    return {(names[i], new[j]): float(pairs[i, j]) for i, j in (pairs > above).nonzero().tolist()}
+
+
+def _units(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:

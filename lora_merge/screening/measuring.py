@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from lora_merge.adapter import Client, FactorsSpec
+from torch import Tensor
+
+from lora_merge.adapter import Adapter, Client, FactorsSpec
 from lora_merge.aggregation import gram
 from lora_merge.aggregation.schedule import over
-from lora_merge.aggregation.sketch import Sketched, cosines
+from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import Problem, RefusedError, one_line
 from lora_merge.screening.stops import (
     FEW_NORMS,
+    LATE_WAYS_PAST_OUTLIERS,
     WAYS_PAST_OUTLIERS,
     Copy,
     Screening,
@@ -27,10 +30,27 @@ LONGEST_LINE = 500  # characters; a ledger takes short texts
 
 
 @dataclass(frozen=True)
+class Held:
+    """What late arrivals are held against: clients that are in a global adapter already.
+
+    Attributes:
+        norms: of each whose norm is known.
+        hashes: the sha256 of each one's weights file.
+        updates: each one's update, where it is stored apart from the others'.
+        sketches: of each module, a row for each of `updates`, in that order.
+    """
+
+    norms: Mapping[str, float] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    updates: Mapping[str, Adapter] = field(default_factory=dict)
+    sketches: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Findings:
     """What was found of the updates that were merged: norms by client id, what to warn of, what was let in."""
 
-    norms: Mapping[str, float]
+    norms: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     waved_through: Sequence[str] = ()
 
@@ -40,7 +60,7 @@ def findings(
     hashes: Mapping[str, str],
     screening: Screening,
     *,
-    before: Mapping[str, float] | None = None,
+    held: Held | None = None,
     judge_norms: bool = True,
 ) -> Findings:
     """What reading the updates found out. Call it once they are read, before anything is put in its place.
@@ -48,18 +68,19 @@ def findings(
     Args:
         clients: those that were screened; none where nothing is to be.
         hashes: the sha256 of each weights file.
-        before: norms of clients that are in already.
+        held: what these are held against, where they come late.
         judge_norms: whether a norm may stop the merge: not where the user has large ones scaled down.
 
     Raises:
         RefusedError: an update is far larger than the others.
     """
     sizes = norms(clients)
+    before = held.norms if held else {}
     problems = outliers(sizes, before) if judge_norms else []
     if problems and not screening.allow_outliers:
-        raise RefusedError(problems, hint=WAYS_PAST_OUTLIERS)
-    warnings = [f"{copy.client} {copy}. --drop-duplicates keeps the first." for copy in copies(clients, hashes)]
-    if judge_norms and len(clients) + len(before or {}) >= FEW_NORMS and (unknown := not_measured(clients)):
+        raise RefusedError(problems, hint=LATE_WAYS_PAST_OUTLIERS if held else WAYS_PAST_OUTLIERS)
+    warnings = [f"{copy.client} {copy}. --drop-duplicates keeps the first." for copy in copies(clients, hashes, held)]
+    if judge_norms and len(clients) + len(before) >= FEW_NORMS and (unknown := not_measured(clients)):
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         warnings.append(f"the norms leave out what has no size without the base model: {shown}.")
     return Findings(sizes, warnings, [one_line(f"{each} (--allow-outliers)")[:LONGEST_LINE] for each in problems])
@@ -84,23 +105,26 @@ def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem 
     return None
 
 
-def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str]) -> list[Copy]:
+def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Held | None = None) -> list[Copy]:
     """Those whose weights file another one has too, or whose update has a cosine above 0.999 with another's.
 
     Args:
         clients: whose updates were read already; only where sketches are alike is anything read again.
         hashes: the sha256 of each weights file.
+        held: clients that are in already, which come first.
     """
-    same = identical(hashes)
+    held = held or Held()
+    same = identical(hashes, held.hashes)
     rest = {client: clients[client] for client in clients if client not in {copy.client for copy in same}}
     perhaps = cosines(rest, above=PERHAPS_A_COPY)
-    alike = {client: rest[client] for pair in perhaps for client in pair}
-    near = nearly_identical(list(rest), _measured(alike, perhaps)) if perhaps else []
+    perhaps |= cosines_to_blocks(rest, list(held.updates), held.sketches, above=PERHAPS_A_COPY)
+    alike = {client: rest.get(client) or held.updates[client] for pair in perhaps for client in pair}
+    near = nearly_identical(list(rest), _measured(alike, perhaps), list(held.updates)) if perhaps else []
     return sorted([*same, *near], key=lambda copy: copy.client)
 
 
 def _measured(
-    clients: Mapping[str, Sketched], perhaps: Mapping[tuple[str, str], float]
+    clients: Mapping[str, Adapter], perhaps: Mapping[tuple[str, str], float]
 ) -> Mapping[tuple[str, str], float]:
     """The exact cosines of the pairs, from the Gram matrix; as sketched where that would need the base."""
     names = sorted(clients)

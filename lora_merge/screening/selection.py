@@ -18,11 +18,13 @@ class Selection:
     """Collects who is left out of a merge; the refused stop it, unless the user said to go on without them.
 
     Attributes:
+        others: how many take part in any case, since they are in already.
         gone: every name that those who are left out go by.
         problems: why the refused are.
     """
 
     screening: Screening
+    others: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
@@ -45,8 +47,9 @@ class Selection:
 
     def require(self, remaining: int) -> None:
         """Raise `RefusedError` with all that was refused so far, unless others remain and may go on without them."""
-        if self.problems and not (self.screening.skip_rejected and remaining):
-            hint = "To merge the others without them: --skip-rejected." if remaining else ""
+        goes_on = remaining + self.others > 0
+        if self.problems and not (self.screening.skip_rejected and goes_on):
+            hint = "To merge the others without them: --skip-rejected." if goes_on else ""
             raise RefusedError(self.problems, hint=hint)
 
 

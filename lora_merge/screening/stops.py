@@ -116,6 +116,14 @@ def outliers(norms: Mapping[str, float], before: Mapping[str, float] | None = No
 WAYS_PAST_OUTLIERS = (
     "Scale them down: --clip 3x (of the median norm). Leave them out: --exclude SOURCE. Let them in: --allow-outliers."
 )
+LATE_WAYS_PAST_OUTLIERS = (
+    "Leave them out: --exclude SOURCE. Let them in: --allow-outliers. "
+    "Or merge all clients anew without --onto: --clip 3x scales large ones down."
+)
+LATE_WAYS_PAST_DOMINANCE = (
+    "Believe them: --allow-dominant. Leave them out: --exclude SOURCE. "
+    "Or merge all clients anew without --onto: --cap-examples 4x (of the median) counts them for less."
+)
 
 
 @dataclass(frozen=True)
@@ -132,20 +140,27 @@ class Copy:
         return one_line(f"has nearly the update of {self.of} (cosine {self.cosine:.5f})")
 
 
-def identical(hashes: Mapping[str, str]) -> list[Copy]:
-    """The clients whose weights file another one, first by id, has too."""
-    first: dict[str, str] = {}
+def identical(hashes: Mapping[str, str], before: Mapping[str, str] | None = None) -> list[Copy]:
+    """The clients whose weights file another one, first by id, has too.
+
+    Args:
+        before: the hashes of clients that are in already: they come first.
+    """
+    first = {sha256: client for client, sha256 in sorted((before or {}).items(), reverse=True)}
     kept = {client: first.setdefault(sha256, client) for client, sha256 in sorted(hashes.items())}
     return [Copy(client, other) for client, other in kept.items() if other != client]
 
 
-def nearly_identical(clients: Sequence[str], cosines: Mapping[tuple[str, str], float]) -> list[Copy]:
+def nearly_identical(
+    clients: Sequence[str], cosines: Mapping[tuple[str, str], float], before: Sequence[str] = ()
+) -> list[Copy]:
     """The clients whose update is nearly that of one that is kept: each is held against those before it by id.
 
     Args:
         cosines: of the pairs (earlier, later) that may be alike; of all others it is taken as small.
+        before: clients that are in already: they come first.
     """
-    kept: list[str] = []
+    kept = list(before)
     found: list[Copy] = []
     for client in sorted(clients):
         near = [(cosines.get((other, client), 0.0), other) for other in kept]

@@ -1,13 +1,16 @@
 """The weight of each client of a federation, and the stop where one that states its own outweighs the others."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_merge.aggregation.weights import Weights, resolve_weights
 from lora_merge.errors import RefusedError, UsageError, one_line
 from lora_merge.screening.selection import Selection
-from lora_merge.screening.stops import cap_of, dominant, ways_past_dominance
+from lora_merge.screening.stops import LATE_WAYS_PAST_DOMINANCE, cap_of, dominant, ways_past_dominance
 from lora_merge.sources.reference import Candidate
+
+_CAPPED = "examples, at most "
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def weighed(
     Whoever `selection` left out may have a weight too, which then counts for nothing.
 
     Args:
-        before: the counts of clients that are in already, which self-stated ones are held against.
+        before: what clients that are in already count for, which self-stated counts are held against.
 
     Raises:
         UsageError: a weight is missing or wrong.
@@ -52,9 +55,23 @@ def weighed(
     capped = {client: count if cap is None else min(count, cap) for client, count in n.items()}
     problems = dominant(capped, before)
     if problems and not screening.allow_dominant:
-        raise RefusedError(problems, hint=ways_past_dominance(n))
+        raise RefusedError(problems, hint=LATE_WAYS_PAST_DOMINANCE if before is not None else ways_past_dominance(n))
     waved = tuple(one_line(f"{problem} (--allow-dominant)") for problem in problems)
-    return Weighed(capped, "examples" if cap is None else f"examples, at most {cap:g} each", waved)
+    return Weighed(capped, "examples" if cap is None else _capped(cap), waved)
+
+
+def _capped(cap: float) -> str:
+    return f"{_CAPPED}{int(cap) if cap.is_integer() else repr(cap)} each"
+
+
+def cap_in(weighting: str) -> float | None:
+    """The cap that a weighting names; None where it names none."""
+    text = weighting.removeprefix(_CAPPED).removesuffix(" each")
+    try:
+        cap = float(text)
+    except ValueError:
+        return None
+    return cap if 0 < cap < math.inf and weighting == _capped(cap) else None
 
 
 def _names(candidates: Mapping[str, Candidate]) -> dict[str, str]:
