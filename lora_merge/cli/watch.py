@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lora_merge.intake import Reading
+    from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
     from lora_merge.watching.scores import Scores
-    from lora_merge.watching.watch import Arrival, Event, Refusal, Started, Stopped
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _COLUMNS = "{:>7}  {:<24}  {:<8}  {:>9}  {:<23}  {:<19}  {}"
@@ -188,7 +188,7 @@ def _wait(out: Output, pause: float) -> None:
 
 
 def _show(out: Output, event: "Event", tally: _Tally, scores: "Scores | None") -> None:
-    from lora_merge.watching.watch import Arrival, Conflict, Refusal, Started, Stopped
+    from lora_merge.watching.events import Arrival, Conflict, Refusal, Started, Stopped
 
     if isinstance(event, Started):
         _started(out, event, tally, scores)

@@ -2,7 +2,8 @@
 
 Each line has: schema_version, time (UTC), global, commit (of its repository, or null), inputs (a digest of who is in),
 clients, client and source (that arrived; null for the base model alone and for an adapter as it was found), replaced,
-examples (of all clients so far, or null), data, rows, answer_tokens, loss and perplexity (each value, low, high: 95 %).
+examples (of all clients so far, or null), data, rows, answer_tokens, and loss and perplexity: each value, low and high
+(95 %), or null where it is no number.
 """
 
 import fcntl

@@ -1,5 +1,6 @@
 """The curve as it grows: each state of the global adapter measured once, and stored."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -13,8 +14,10 @@ from lora_merge.evaluation.meter import Measured, Meter
 from lora_merge.intake import Reading
 from lora_merge.ledger import Ledger
 from lora_merge.watching import curve
+from lora_merge.watching.events import Arrival, Started
 from lora_merge.watching.pace import Pace
-from lora_merge.watching.watch import Arrival, Started
+
+LARGEST = 700.0  # nats a token: e to more than that is no number
 
 
 class Scores:
@@ -87,10 +90,14 @@ class Scores:
         assert self._meter is not None
         record |= {"data": Path(self._meter.question.data).name, "rows": measured.rows}
         record |= {"answer_tokens": measured.answer_tokens}
-        record |= {"loss": _numbers(measured.loss), "perplexity": _numbers(measured.loss.exp())}
+        readable = math.isfinite(measured.loss.value) and measured.loss.interval.high < LARGEST
+        loss, perplexity = (measured.loss, measured.loss.exp()) if readable else (None, None)
+        record |= {"loss": _numbers(loss), "perplexity": _numbers(perplexity)}
         curve.append(self.path, record)
         return record
 
 
-def _numbers(estimate: Estimate) -> dict[str, float]:
+def _numbers(estimate: Estimate | None) -> dict[str, float] | None:
+    if estimate is None:
+        return None
     return {"value": estimate.value, "low": estimate.interval.low, "high": estimate.interval.high}

@@ -1,0 +1,260 @@
+"""One watcher: what it is asked for, what it has seen, and what it does at each look."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_merge.errors import (
+    LoraMergeError,
+    NetworkError,
+    NotFoundError,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
+from lora_merge.folding.corridor import require_folds
+from lora_merge.folding.onto import Fold, fold
+from lora_merge.intake import Reading
+from lora_merge.options import merge_settings, require_sound
+from lora_merge.screening.selection import Selection, by_client_id, listed
+from lora_merge.screening.stops import Screening
+from lora_merge.sources.reference import AdapterRef
+from lora_merge.sources.rooms import Rooms, open_rooms
+from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
+from lora_merge.watching.sight import (
+    Hashes,
+    Now,
+    Place,
+    global_now,
+    is_in,
+    name_for_fold,
+    of_same_source,
+    sighted,
+)
+
+SECOND_LOOK = 1.0  # seconds
+
+
+@dataclass
+class Watcher:
+    """What one watcher is asked for, and what it has seen.
+
+    Attributes:
+        at_hand: clients of folders and URLs that are in, and lie there as they went in.
+        with_files: whether folding needs their files: a ledger does not say where a folder lay.
+        refused: the version of each place that was refused.
+        been_in: the version of each place that was seen in the global adapter.
+        said: what was told, so that it is told once.
+    """
+
+    sources: Sequence[str | Path]
+    onto: str | Path
+    place: Place
+    until: int | None
+    screening: Screening
+    private: bool | None
+    options: dict[str, Any]
+    reading: Reading
+    wait: Callable[[float], object]
+    clock: Callable[[], float]
+    now: Now | None = None
+    hashes: Hashes = field(default_factory=Hashes)
+    refused: dict[str, str] = field(default_factory=dict)
+    been_in: dict[str, str] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+    at_hand: list[AdapterRef] = field(default_factory=list)
+    with_files: bool = False
+
+    def turn(self) -> Generator[Event, None, Literal["enough", "arrival", "nothing"]]:
+        """One look, and one arrival at most: the next is judged by what is there then."""
+        first, now = self.now is None, self._look()
+        if first:
+            yield Started(self.place.name, now.ledger, now.commit)
+        if self.until is not None and len(now.contributions) >= self.until:
+            return "enough"
+        with open_rooms(self.reading.max_wait, self.reading.tell) as rooms:
+            pending, refusals = self._pending(rooms, now)
+            self._tell_once(*rooms.notes)
+        yield from refusals
+        for ref, version in pending:
+            if (event := self._fold(ref, version)) is not None:
+                yield event
+                if isinstance(event, Arrival):
+                    return "arrival"
+        return "nothing"
+
+    def stopped(self, why: Literal["clients", "time"]) -> Stopped:
+        """The end, with what was seen last."""
+        now = self.now or Now()
+        return Stopped(why, now.ledger, now.commit)
+
+    def require_options(self, interval: float, seconds: float | None) -> None:
+        """Raise `UsageError` where an option is wrong, whatever the global adapter is."""
+        if not self.sources:
+            raise UsageError("No source is given.", hint="lora-merge watch 'org/client-*' --onto org/global")
+        for name, value in (("--interval", interval), ("--for", seconds), ("--until", self.until)):
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{name} must be above 0, is {value}.")
+        chosen = self.options
+        method, rank = chosen.get("method") or "exact", chosen.get("rank")
+        merge_settings(method, rank, chosen.get("energy"), chosen.get("dtype") or "fp32", None)
+        if method != "svd" or rank is not None:  # else as the global adapter was made with
+            require_folds(method, rank)
+        require_sound(chosen.get("global_lr") or 1.0, chosen.get("workers"))
+        if chosen.get("weights") not in (None, "examples", "uniform"):
+            raise UsageError("A watcher weighs arrivals by a rule: examples or uniform.")
+        with open_rooms(0) as rooms:
+            if "repository" in {rooms.kind(each) for each in (*self.sources, self.onto)}:
+                _require_online()
+
+    def _look(self) -> Now:
+        """The global adapter now; at the first look, whether this watcher can and may bring anything into it."""
+        now = global_now(self.place, self.now or Now(), self.reading)
+        if self.now is None:
+            self._require_sound(now)
+        elif self.now.ledger and not now.ledger:
+            self.wait(SECOND_LOOK)  # some file systems replace a folder in two steps
+            if not (now := global_now(self.place, Now(), self.reading)).ledger:
+                hint = "The same command makes it anew, of all that the sources hold."
+                raise NotFoundError(f"{self.place.name} was there, and is gone.", hint=hint)
+        before = {each.source for each in self.now.contributions} if self.now else set()
+        for source in sorted(before - {each.source for each in now.contributions}):
+            self.reading.tell(
+                f"{source} was taken out of {self.place.name}. It stays out while this watch runs, unless it changes; "
+                f"with --exclude {source}, for good."
+            )
+        self.now = now
+        return now
+
+    def _require_sound(self, now: Now) -> None:
+        """Raise where nobody could be brought in: the fault is the global adapter's, an option's or a token's."""
+        if self.place.on_hub:
+            from lora_merge.publish.push import require_access
+            from lora_merge.publish.repository import Target
+
+            target = Target(self.place.name, private=self.private)
+            require_access(target, max_wait=self.reading.max_wait, tell=self.reading.tell)
+        if now.ledger is None:
+            require_folds(self.options.get("method") or "exact", self.options.get("rank"))
+            return
+        rule, given = now.ledger.weighting, self.options.get("weights")
+        if rule not in ("examples", "uniform") or given not in (None, rule):
+            raise UsageError(
+                f"{self.place.name} is weighted by {rule}; its arrivals cannot be by {given or 'a rule'}.",
+                hint="Fold each with its weight: lora-merge aggregate SOURCE --onto GLOBAL --weight SOURCE=NUMBER",
+            )
+        self._folded([])
+
+    def _folded(self, sources: Sequence[str | Path]) -> Fold:
+        return fold(
+            sources,
+            self.onto,
+            private=self.private,
+            screening=replace(self.screening, exclude=()),  # judged here: who is excluded need not be there yet
+            max_wait=self.reading.max_wait,
+            tell=self.reading.tell,
+            progress=self.reading.progress,
+            **self.options,
+        )
+
+    def _pending(self, rooms: Rooms, now: Now) -> tuple[list[tuple[AdapterRef, str]], list[Refusal]]:
+        """What is to come in, new clients before new versions; and who is refused before anything of them is read."""
+        refs, absent = sighted(rooms, self.sources, self.place)
+        self._tell_once(*(f"{reason} Waiting for it." for reason in absent))
+        new: list[tuple[AdapterRef, str]] = []
+        newer: list[tuple[AdapterRef, str]] = []
+        refusals: list[Refusal] = []
+        self.at_hand = []
+        for ref in sorted(refs, key=lambda ref: ref.source):
+            with suppress(NotFoundError):  # it has gone since it was listed
+                version = ref.room.version(ref)
+                same = of_same_source(ref, now.contributions)
+                if is_in(ref, same, self._hashes(ref, version, rooms) if same else None):
+                    self.been_in[ref.place] = version
+                    self.at_hand += [] if ref.commit else [ref]
+                elif version in (self.refused.get(ref.place), None if same else self.been_in.get(ref.place)):
+                    continue
+                elif refusal := self._left_out(rooms, ref, version):
+                    refusals += refusal
+                else:
+                    (newer if same else new).append((ref, version))
+        return [*new, *newer], refusals
+
+    def _hashes(self, ref: AdapterRef, version: str, rooms: Rooms) -> Mapping[str, str] | None:
+        return None if ref.commit else self.hashes.of(ref, version, rooms, self.reading)
+
+    def _left_out(self, rooms: Rooms, ref: AdapterRef, version: str) -> list[Refusal]:
+        """A refusal where the user's lists leave it out, by its source or by the id that it states."""
+        selection = Selection(self.screening)
+        taking_part = listed([ref], selection)
+        if taking_part and self.screening.exclude:
+            with suppress(RefusedError):  # folding it will say why
+                by_client_id(rooms.examine(taking_part), selection)
+        if not selection.left_out:
+            return []
+        self.refused[ref.place] = version
+        return [Refusal(ref.source, ref.commit, selection.left_out[0].reason, "")]
+
+    def _fold(self, ref: AdapterRef, version: str) -> Arrival | Refusal | None:
+        """Bring one in; None where somebody else has, or it is changing at this moment."""
+        began = self.clock()
+        try:
+            made = self._folded_alone_or_with_files(ref)
+        except (RefusedError, NotFoundError, UsageError) as error:
+            self._require_sound(global_now(self.place, Now(), self.reading))
+            return self._refusal(ref, version, error)
+        except StorageError:
+            if ref.commit is None and ref.room.version(ref) != version:
+                return None
+            raise
+        came = {each.client_id for each in of_same_source(ref, made.ledger.contributions)}
+        client = next((client for client in (*made.added, *made.replaced) if client in came), None)
+        if client is None:
+            return None
+        return Arrival(
+            client=client,
+            source=ref.source,
+            commit=ref.commit,
+            replaced=client in made.replaced,
+            ledger=made.ledger,
+            made=made.published.published.commit if made.published else None,
+            again=made.again,
+            warnings=made.warnings,
+            seconds=self.clock() - began,
+        )
+
+    def _folded_alone_or_with_files(self, ref: AdapterRef) -> Fold:
+        """Fold one; where that needs the files of those that are in, with those of them that lie at hand."""
+        name, files = name_for_fold(ref), [name_for_fold(each) for each in self.at_hand]
+        if not self.with_files:
+            try:
+                return self._folded([name])
+            except NotFoundError:
+                if not files:
+                    raise
+        made = self._folded([name, *files])
+        self.with_files = True
+        return made
+
+    def _refusal(self, ref: AdapterRef, version: str, error: LoraMergeError) -> Refusal:
+        self.refused[ref.place] = version
+        if isinstance(error, RefusedError):
+            reason = "; ".join(f"{problem.field}: {problem.reason}" for problem in error.problems)
+        else:
+            reason = error.message
+        return Refusal(ref.source, ref.commit, reason, error.hint)
+
+    def _tell_once(self, *lines: str) -> None:
+        for line in lines:
+            if line not in self.said:
+                self.said.add(line)
+                self.reading.tell(line)
+
+
+def _require_online() -> None:
+    from lora_merge.hub.client import is_offline
+
+    if is_offline():
+        raise NetworkError("A watch looks at the Hub, and HF_HUB_OFFLINE is set.", hint="unset HF_HUB_OFFLINE")
