@@ -102,6 +102,11 @@ class AdapterConfig:
             found.setdefault(owner, []).append(parameter)
         return found
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest r that it names."""
+        return max(self.r, *self.rank_pattern.values(), 1)
+
     def rank(self, name: str) -> int:
         """The r that PEFT would give the module `name`."""
         return self._ranks.match(name, self.r)

@@ -2,15 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from lora_merge import ledger, lock
-from lora_merge.adapter import Spec, Update
+from lora_merge.adapter import FactorsSpec, Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
-from lora_merge.checkpoint.layout import Stored, find_updates
+from lora_merge.checkpoint.layout import Stored, find_updates, owner_of
 from lora_merge.checkpoint.safetensors_file import (
     FileRefused,
     SafetensorsFile,
@@ -28,8 +28,7 @@ LOCK_NAME = lock.FILE_NAME
 CORE_NAME = "aggregation_core.safetensors"  # what stands for the clients so far where a truncated mean is folded
 PICKLE_NAME = "adapter_model.bin"
 READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME, LOCK_NAME, CORE_NAME)
-# A merged adapter is as wide as its clients together, but never wider than its modules.
-MAX_GLOBAL_R = 1 << 17
+MAX_GLOBAL_R = 1 << 17  # that a config may name; how wide a merged adapter may be goes by its modules
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,8 @@ def describe(
     try:
         data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
         config, problems = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
+        if config.largest_rank > MAX_R:
+            _require_ledger(read(LEDGER_NAME, ledger.MAX_BYTES))
     except FileRefused as problem:
         problems.append(problem)
     try:
@@ -136,7 +137,7 @@ def describe(
         raise FolderRefused([*problems, FileRefused(WEIGHTS_NAME, error.strerror or "cannot be read")]) from None
     if config is not None and not problems:
         stored, problems = find_updates(header, config)
-        if not problems:
+        if not (problems := problems or list(_too_wide(stored, config))):
             return Description(config, statement, stored)
     raise FolderRefused(problems)
 
@@ -151,6 +152,33 @@ class FolderRefused(ValueError):
     def problems(self, client: str) -> list[Problem]:
         """The reasons, as problems of `client`."""
         return [Problem(client, reason.field, reason.reason) for reason in self.reasons]
+
+
+def _require_ledger(text: bytes) -> None:
+    """Raise `FileRefused` unless this is a ledger: without one, an adapter is a client's, however wide it is."""
+    try:
+        ledger.Ledger.from_json(parse_json(text, LEDGER_NAME))
+    except ledger.LedgerError as error:
+        raise FileRefused(f"{LEDGER_NAME}, {error.field}", error.reason) from error
+
+
+def _too_wide(stored: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:
+    """The ranks above a client's limit that no module is large enough for.
+
+    The parts of a wrapped module have one rank, which goes by the largest; a grouped convolution's counts every group.
+    """
+    specs = {name: each.spec for name, each in stored.items() if isinstance(each.spec, FactorsSpec)}
+    ranks = {name: spec.r * (spec.blocks if spec.layout == "conv" else 1) for name, spec in specs.items()}
+    limits: dict[str, int] = {}
+    for name, spec in specs.items():
+        limits[owner_of(name)] = max(min(spec.d_in, spec.d_out), limits.get(owner_of(name), 0))
+    for name, spec in specs.items():
+        if ranks[name] > MAX_R and spec.r > limits[owner_of(name)]:
+            yield FileRefused(
+                name, f"has rank {spec.r}, above its size: no update has more than {limits[owner_of(name)]}"
+            )
+    if config.largest_rank > max(MAX_R, *ranks.values(), 0):
+        yield FileRefused("r or rank_pattern", f"names the rank {config.largest_rank}, which no module has")
 
 
 def _no_access(error: PermissionError) -> NotFoundError:

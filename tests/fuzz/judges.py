@@ -18,10 +18,10 @@ from lora_merge.adapter import FactorsSpec, FullSpec, spec_of
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import is_local
 from lora_merge.card import Place, client_card, global_card
-from lora_merge.checkpoint.config import MAX_SCALING
+from lora_merge.checkpoint.config import MAX_R, MAX_SCALING
 from lora_merge.checkpoint.core_file import open_core
 from lora_merge.checkpoint.layout import stored_shapes
-from lora_merge.checkpoint.peft_folder import MAX_GLOBAL_R, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding.global_adapter import opened_global
@@ -62,7 +62,7 @@ def _consistent(adapter: PeftFolder) -> bool:
     described: dict[str, tuple[int, ...]] = {}
     for stored in adapter.stored.values():
         if isinstance(stored.spec, FactorsSpec):
-            assert 1 <= stored.spec.r <= MAX_GLOBAL_R
+            assert 1 <= stored.spec.r <= max(MAX_R, stored.spec.d_in, stored.spec.d_out)
             assert 0 < stored.spec.scaling <= MAX_SCALING
             described |= {stored.tensors[role]: shape for role, shape in stored_shapes(stored.spec).items()}
         elif isinstance(stored.spec, FullSpec):
