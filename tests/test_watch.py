@@ -313,7 +313,7 @@ def test_the_curve_has_the_losses_that_evaluate_finds_and_goes_on_where_it_ended
     watcher: Watcher, base: Path, held_out: Path
 ) -> None:
     def measured(until: int) -> list[dict[str, Any]]:
-        scores = Scores(lambda named: question, path, Reading())
+        scores = Scores(question, path, Reading())
         events = (each for each in watcher.events(until=until) if isinstance(each, Started | Arrival))
         return [record for event in events for record in scores.of(str(watcher.onto), event)]
 
@@ -353,6 +353,20 @@ def test_the_command_prints_a_line_for_each_arrival_and_the_end(lora_merge: Run,
     assert (code, out) == (0, f"{tmp_path / 'global'}\n")
     code, out, _ = lora_merge("watch", "clients/*", "--onto", "global", "--for", "soon", "--json")
     assert (code, json.loads(out)["error"]["code"]) == (2, 2)
+
+
+def test_the_command_measures_after_each_arrival(lora_merge: Run, tmp_path: Path, base: Path, held_out: Path) -> None:
+    client_on(base, tmp_path / "clients" / "client-0", 0)
+    watch = ["watch", "clients/*", "--onto", "global", "--until", "1", "--device", "cpu", "--base", str(base)]
+    code, _, _ = lora_merge(*watch, "--data", "nowhere.jsonl")
+    assert (code, (tmp_path / "global").exists()) == (4, False)
+    code, out, _ = lora_merge(*watch, "--data", str(held_out), "--json")
+    _, came, end = (json.loads(line) for line in out.splitlines())
+    alone, measured = curve.read(tmp_path / "global.curve.jsonl")
+    assert code == 0
+    assert came["loss"] == measured["loss"] != alone["loss"]
+    assert came["perplexity"]["low"] < came["perplexity"]["value"] < came["perplexity"]["high"]
+    assert end["curve"] == str(tmp_path / "global.curve.jsonl")
 
 
 def test_ctrl_c_ends_it_with_130_and_what_is_in_so_far(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`lora-merge watch`: fold each arrival as it appears."""
 
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -77,11 +78,12 @@ def watch(
     """Bring each client's update into the global adapter as it appears, one at a time, and publish it.
 
     It remembers nothing but what the global adapter's own ledger says: stop it at any moment, and start it again.
-    Several may watch for one global adapter. --json prints one object a line: started, arrival, refused, score, end.
+    Several may watch for one global adapter. --json prints one object a line: started, arrival, refused, end.
 
     Example: lora-merge watch 'org/client-*' --onto org/global --until 20
     """
     out = Output(as_json, quiet, debug, lines=True)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own, across our table
     with out.reporting(resume="The same command goes on: what is in is in."):
         seconds = None if duration is None else seconds_of(duration)
         from lora_merge.intake import Reading
@@ -173,11 +175,9 @@ def _scores(data: str, curve: Path | None, place: str, chosen: Mapping[str, Any]
     from lora_merge.watching.curve import curve_path
     from lora_merge.watching.scores import Scores
 
-    def question(named: str) -> Question:
-        form = chosen["prompt_form"].value if chosen["prompt_form"] else None
-        rest = {**chosen, "base": chosen["base"] or named, "prompt_form": form}
-        return Question(adapters=(), data=data, max_wait=reading.max_wait, **rest)
-
+    form = chosen["prompt_form"].value if chosen["prompt_form"] else None
+    rest = {**chosen, "base": chosen["base"] or "", "prompt_form": form}
+    question = Question(adapters=(), data=data, max_wait=reading.max_wait, **rest)
     return Scores(question, curve or curve_path(place), reading)
 
 
@@ -225,8 +225,8 @@ def _arrived(out: Output, event: "Arrival", tally: _Tally, scores: "Scores | Non
     tally.refused.pop(event.source, None)
     tally.added, tally.replaced = tally.added + (not event.replaced), tally.replaced + event.replaced
     for warning in event.warnings:
-        if warning not in tally.warned:
-            tally.warned.add(warning)
+        if (kind := _kind(warning, event)) not in tally.warned:
+            tally.warned.add(kind)
             out.warn(warning)
     if event.again:
         out.say(f"All clients were merged again: {event.again}.")
@@ -247,6 +247,13 @@ def _arrived(out: Output, event: "Arrival", tally: _Tally, scores: "Scores | Non
     score = _score(list(scores.of(tally.place, event)) if scores else [])
     what = "replaced" if event.replaced else "added"
     out.event({**record, **score}, _line(tally.clients, event.client, what, examples, score, event.made))
+
+
+def _kind(warning: str, event: "Arrival") -> str:
+    """A warning without the clients that it names: of many clients the same is said after every arrival."""
+    for each in event.ledger.contributions:
+        warning = warning.replace(each.client_id, "")
+    return re.sub("[^a-z]", "", warning)
 
 
 def _seen(tally: _Tally, event: "Started | Arrival | Stopped") -> None:

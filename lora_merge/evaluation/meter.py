@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from lora_merge.aggregation.schedule import pool
+from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.environment import device_named
+from lora_merge.errors import UsageError
 from lora_merge.evaluation.answers import answer_nll
 from lora_merge.evaluation.comparison import Question, longest_row
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
@@ -30,7 +32,9 @@ class Measured:
 
 
 class Meter:
-    """Measures models by one question: its rows are read at once, its base and prompt form when the first comes.
+    """Measures models by one question: its rows are read at once, its base when the first adapter comes.
+
+    Where the question names no base, that is the one that the first adapter belongs to.
 
     Raises:
         NotFoundError, RefusedError, UsageError: the rows or the device are not there, or are refused.
@@ -48,24 +52,29 @@ class Meter:
         Raises:
             NetworkError, NotFoundError: the adapter or the base cannot be had.
             RefusedError: it does not fit the base.
+            UsageError: nobody names a base.
         """
         with open_adapters([adapter], tell=self._tell, max_wait=self.question.max_wait) as [opened]:
-            base, _, _ = self._ready(self.question.prompt_form or stated_prompt_form([opened.adapter]))
+            base, _, _ = self._ready(opened.adapter)
             return self._measured(attach(base, opened.adapter), name)
 
     def base_alone(self) -> Measured:
-        """The base without any adapter. Its prompt form is that of the adapter that was measured before."""
-        base, _, _ = self._ready(self.question.prompt_form or "plain")
-        return self._measured(base, "base")
+        """The base without any adapter, after one was measured."""
+        assert self._loaded is not None
+        return self._measured(self._loaded[0], "base")
 
-    def _ready(self, prompt_form: str) -> tuple[Any, Any, HeldOut]:
+    def _ready(self, adapter: PeftFolder) -> tuple[Any, Any, HeldOut]:
         if self._loaded is None:
             question = self.question
-            found = find_model(question.base, self._tell, max_wait=question.max_wait)
+            name = question.base or adapter.config.base_model
+            if not name:
+                raise UsageError("The adapter names no base model to measure it on.", hint="--base MODEL")
+            found = find_model(name, self._tell, max_wait=question.max_wait)
             tokenizer = load_tokenizer(found)
             base = load_base(found, question.dtype, self._device)
+            form = question.prompt_form or stated_prompt_form([adapter])
             longest = longest_row(base, question)
-            held_out = held_out_of(self._rows, tokenizer, prompt_form, longest, question.limit, question.seed)
+            held_out = held_out_of(self._rows, tokenizer, form, longest, question.limit, question.seed)
             self._loaded = base, tokenizer, held_out
         return self._loaded
 

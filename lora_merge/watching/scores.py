@@ -7,12 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_merge.errors import NetworkError, UsageError
+from lora_merge.errors import NetworkError
 from lora_merge.evaluation.comparison import Question
 from lora_merge.evaluation.intervals import Estimate
 from lora_merge.evaluation.meter import Measured, Meter
 from lora_merge.intake import Reading
-from lora_merge.ledger import Ledger
 from lora_merge.watching import curve
 from lora_merge.watching.events import Arrival, Started
 from lora_merge.watching.pace import Pace
@@ -24,22 +23,22 @@ class Scores:
     """Measures what a watch yields, and appends it to a curve; a state that the curve ends with is not measured again.
 
     Args:
-        question: `base` may be empty: then it is the one that the global adapter names.
+        question: its rows are read now. Without a base, that is the one that the global adapter names.
         path: of the curve; what is there is gone on with.
     """
 
     def __init__(
         self,
-        question: Callable[[str], Question],
+        question: Question,
         path: Path,
         reading: Reading,
         wait: Callable[[float], object] = time.sleep,
     ) -> None:
-        self.path, self._question, self._reading, self._wait = path, question, reading, wait
+        self.path, self._reading, self._wait = path, reading, wait
+        self._meter = Meter(question, reading.tell, reading.progress)
         lines = curve.read(path)
         self._last: str | None = lines[-1]["inputs"] if lines else None
         self._is_new = not lines
-        self._meter: Meter | None = None
 
     def of(self, place: str, event: Started | Arrival) -> Iterator[dict[str, Any]]:
         """The records of an event, stored: of the base before the first, and of the global adapter as it is now."""
@@ -48,12 +47,11 @@ class Scores:
             return
         made = event.made if isinstance(event, Arrival) else event.commit
         adapter = f"hf://{place}@{made}" if made else Path(place)
-        meter = self._meter_for(ledger)
-        measured = self._patiently(lambda: meter(adapter, f"{len(ledger.contributions)} clients"))
+        measured = self._patiently(lambda: self._meter(adapter, f"{len(ledger.contributions)} clients"))
         about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "global": place}
         if self._is_new:
             base = {"commit": None, "inputs": None, "clients": 0, "client": None, "source": None, "replaced": False}
-            yield self._stored({**about, **base, "examples": 0}, meter.base_alone())
+            yield self._stored({**about, **base, "examples": 0}, self._meter.base_alone())
         arrived = event if isinstance(event, Arrival) else None
         who = {
             "commit": made,
@@ -67,14 +65,6 @@ class Scores:
         yield self._stored({**about, **who}, measured)
         self._last, self._is_new = digest, False
 
-    def _meter_for(self, ledger: Ledger) -> Meter:
-        if self._meter is None:
-            question = self._question(ledger.base_model or "")
-            if not question.base:
-                raise UsageError("The global adapter names no base model to evaluate it on.", hint="--base MODEL")
-            self._meter = Meter(question, self._reading.tell, self._reading.progress)
-        return self._meter
-
     def _patiently(self, measure: Callable[[], Measured]) -> Measured:
         """What is measured, after a network that fails has come back."""
         pace = Pace(1.0)
@@ -87,7 +77,6 @@ class Scores:
                 self._wait(pause)
 
     def _stored(self, record: dict[str, Any], measured: Measured) -> dict[str, Any]:
-        assert self._meter is not None
         record |= {"data": Path(self._meter.question.data).name, "rows": measured.rows}
         record |= {"answer_tokens": measured.answer_tokens}
         readable = math.isfinite(measured.loss.value) and measured.loss.interval.high < LARGEST
