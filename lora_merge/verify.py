@@ -1,7 +1,6 @@
 """`lora-merge verify`: make a published merge again from its pinned inputs, and compare."""
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from lora_merge.checkpoint.compare import compare
+from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
     CORE_NAME,
@@ -80,8 +80,8 @@ def verify(
             hashes, refs = {client: opened.sha256() for client, opened in inputs.clients.items()}, inputs.refs
         if reasons := _other_inputs(lock, hashes):
             return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
-        with tempfile.TemporaryDirectory(prefix="lora-merge-verify-") as scratch:
-            again = Path(scratch) / "again"
+        with scratch_folder() as scratch:
+            again = scratch / "again"
             core = (folder / CORE_NAME).exists()
             replay(lock, refs, again, core=core, base=base, workers=workers, reading=reading)
             return _compared(str(target), folder, again, lock)

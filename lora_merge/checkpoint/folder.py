@@ -50,6 +50,24 @@ def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") 
         os.close(lock)
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for what is needed only for now, removed at the end; what killed runs left is removed first.
+
+    Raises:
+        StorageError: there is no room for temporary files.
+    """
+    try:
+        folder, lock = work_folder(Path(tempfile.gettempdir(), "lora-merge"))
+    except OSError as error:
+        raise StorageError(f"{tempfile.gettempdir()} cannot be written to: {error.strerror}.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
 def check_free(output: Path, *, force: bool = False, kind: Kind = "adapter") -> None:
     """Raise `UsageError` where writing `output` would overwrite something that `force` does not cover.
 

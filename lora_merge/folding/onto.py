@@ -1,6 +1,5 @@
 """`aggregate --onto`: late arrivals, replacements and withdrawals, brought into a global adapter that exists."""
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,14 +7,14 @@ from pathlib import Path
 
 from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
-from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers
+from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers, scratch_folder
 from lora_merge.checkpoint.merge import CertificateMode
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.errors import UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
 from lora_merge.intake import Reading
 from lora_merge.options import require_sound
-from lora_merge.screening.stops import Screening
+from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, open_rooms
@@ -41,7 +40,7 @@ def fold(
     certificate: CertificateMode | None = None,
     workers: int | None = None,
     force: bool = False,
-    screening: Screening | None = None,
+    screening: Screening | None = SCREENED,
     max_wait: float = MAX_WAIT,
     tell: Tell = lambda line: None,
     progress: Progress = lambda what, total, unit: nullcontext(lambda steps: None),
@@ -59,7 +58,8 @@ def fold(
         private: of a repository that is made now; None is private.
         base: of a merge of all clients again, where that is needed.
         force: replace the adapter that is at `output`.
-        screening: which arrivals to leave out, and what stops them.
+        screening: which arrivals to leave out, and what stops them, held against those that are in; None where nothing
+            is to.
 
     Raises:
         UsageError: an option is wrong or contradicts the global adapter, or nobody would be left in it.
@@ -83,8 +83,8 @@ def fold(
     if output is not None or not _is_repository(located):
         target = Path(onto) if output is None else Path(output)
         return fold_folder(sources, located, target, withdraw, how, reading)
-    with tempfile.TemporaryDirectory(prefix="lora-merge-onto-") as scratch:
-        made = fold_folder(sources, located, Path(scratch) / "global", withdraw, how, reading)
+    with scratch_folder() as scratch:
+        made = fold_folder(sources, located, scratch / "global", withdraw, how, reading)
         return _published(made, located, private, reading) if made.changed else made
 
 

@@ -3,16 +3,12 @@
 Such places have no commits: what was listed must still be there when it is fetched, and the hashes are recorded.
 """
 
-import os
-import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint.folder import work_folder
 from lora_merge.checkpoint.peft_folder import PICKLE_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused, describe
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry, header_bytes, read_header
 from lora_merge.errors import LoraMergeError, NetworkError, NotFoundError, StorageError, UsageError, one_line
@@ -21,25 +17,11 @@ from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEnt
 CHUNK = 1 << 20
 
 
-@contextmanager
-def open_store() -> Iterator[Path]:
-    """A folder for what is fetched, removed at the end; what killed runs left is removed first."""
-    try:
-        store, lock = work_folder(Path(tempfile.gettempdir(), "lora-merge"))
-    except OSError as error:
-        raise StorageError(f"{tempfile.gettempdir()} cannot be written to: {error.strerror}.") from error
-    try:
-        yield store
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
-        os.close(lock)
-
-
 class FilesystemRoom:
     """fsspec's file systems as places that adapters come from.
 
     Attributes:
-        store: an `open_store`.
+        store: a `scratch_folder`.
         stopped: ends a copy at its next bytes when it is set.
     """
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.errors import StorageError, UsageError, one_line
-from lora_merge.sources.filesystems import FilesystemRoom, open_store
+from lora_merge.sources.filesystems import FilesystemRoom
 from lora_merge.sources.local import LocalRoom, is_folder, names_of
 from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
@@ -151,7 +152,7 @@ class Rooms:
 
     @cached_property
     def _filesystem(self) -> Room:
-        return FilesystemRoom(self._stack.enter_context(open_store()), self._stopped)
+        return FilesystemRoom(self._stack.enter_context(scratch_folder()), self._stopped)
 
     @cached_property
     def _hub(self) -> "HubRoom":
