@@ -1,5 +1,6 @@
 """One watcher: what it is asked for, what it has seen, and what it does at each look."""
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_merge.errors import (
+    ConflictError,
     LoraMergeError,
     NetworkError,
     NotFoundError,
@@ -34,7 +36,8 @@ from lora_merge.watching.sight import (
     sighted,
 )
 
-SECOND_LOOK = 1.0  # seconds
+SECOND_LOOK = 0.5  # seconds
+LOOKS = 3  # at what is wrong with a folder
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Watcher:
 
     Attributes:
         at_hand: clients of folders and URLs that are in, and lie there as they went in.
+        doubted: how often a version was refused for what is wrong with the global adapter, which others may replace.
         with_files: whether folding needs their files: a ledger does not say where a folder lay.
         refused: the version of each place that was refused.
         been_in: the version of each place that was seen in the global adapter.
@@ -66,6 +70,7 @@ class Watcher:
     said: set[str] = field(default_factory=set)
     at_hand: list[AdapterRef] = field(default_factory=list)
     with_files: bool = False
+    doubted: Counter[str] = field(default_factory=Counter)
 
     def turn(self) -> Generator[Event, None, Literal["enough", "arrival", "nothing"]]:
         """One look, and one arrival at most: the next is judged by what is there then."""
@@ -145,7 +150,14 @@ class Watcher:
                 f"{self.place.name} is weighted by {rule}; its arrivals cannot be by {given or 'a rule'}.",
                 hint="Fold each with its weight: lora-merge aggregate SOURCE --onto GLOBAL --weight SOURCE=NUMBER",
             )
-        self._folded([])
+        for look in range(1, LOOKS + 1):
+            try:
+                self._folded([])
+                return
+            except RefusedError:
+                if self.place.on_hub or look == LOOKS:
+                    raise
+                self.wait(SECOND_LOOK)  # it may have been replaced while it was read, file by file
 
     def _folded(self, sources: Sequence[str | Path]) -> Fold:
         return fold(
@@ -199,15 +211,17 @@ class Watcher:
 
     def _fold(self, ref: AdapterRef, version: str) -> Arrival | Refusal | None:
         """Bring one in; None where somebody else has, or it is changing at this moment."""
-        began = self.clock()
+        began, before = self.clock(), self.now
         try:
             made = self._folded_alone_or_with_files(ref)
         except (RefusedError, NotFoundError, UsageError) as error:
             self._require_sound(global_now(self.place, Now(), self.reading))
-            return self._refusal(ref, version, error)
-        except StorageError:
+            return None if self._read_in_between(error, version) else self._refusal(ref, version, error)
+        except StorageError as error:
             if ref.commit is None and ref.room.version(ref) != version:
                 return None
+            if before == Now() and global_now(self.place, Now(), self.reading).ledger:
+                raise ConflictError(f"Somebody else has made {self.place.name}.") from error
             raise
         came = {each.client_id for each in of_same_source(ref, made.ledger.contributions)}
         client = next((client for client in (*made.added, *made.replaced) if client in came), None)
@@ -224,6 +238,13 @@ class Watcher:
             warnings=made.warnings,
             seconds=self.clock() - began,
         )
+
+    def _read_in_between(self, error: LoraMergeError, version: str) -> bool:
+        """Whether what is wrong may only be that a folder's files were read while somebody else replaced it."""
+        if self.place.on_hub or not isinstance(error, RefusedError):
+            return False
+        self.doubted[version] += 1
+        return self.doubted[version] < LOOKS and {each.client for each in error.problems} == {self.place.name}
 
     def _folded_alone_or_with_files(self, ref: AdapterRef) -> Fold:
         """Fold one; where that needs the files of those that are in, with those of them that lie at hand."""
