@@ -252,7 +252,11 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What is wrong and where, in one line; a YAML error itself draws the place over several."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"{getattr(error, 'problem', 'unreadable')}, in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -42,6 +42,7 @@ from lora_merge.cli.screening import (
     SkipRejectedOption,
     screening_of,
 )
+from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.cli.weights import weights_given
 from lora_merge.errors import NotFoundError, UsageError
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 
 def aggregate(
+    context: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -60,7 +62,12 @@ def aggregate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder to write the global adapter to.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The folder to write the global adapter to.  [required, but for --dry-run and --onto]",
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="exact, svd, fedavg, ffa, ties or dare.  [default: exact]")] = None,
     rank: Annotated[
@@ -133,15 +140,17 @@ def aggregate(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting(resume="Run the same command again: what is whole is not downloaded again."):
-        chosen = weights_given(weights, weight or [])
+        parts = {"weights": weights, "weight": weight, "rank": rank, "energy": energy, "density": density}
+        of = without_those_typed_over(context, parts | {"byzantine": byzantine, "trim": trim})
+        chosen = weights_given(of["weights"], of["weight"] or [])
         named = list(_named(sources or []))
         screening = screening_of(
             cap_examples, allow_dominant, allow_outliers, allow_list, drop_duplicates, exclude, skip_rejected
         )
         options: dict[str, Any] = {
             "method": method,
-            "rank": _rank(rank),
-            "energy": energy,
+            "rank": _rank(of["rank"]),
+            "energy": of["energy"],
             "weights": chosen,
             "global_lr": global_lr,
             "dtype": dtype,
@@ -154,7 +163,7 @@ def aggregate(
             "force": force,
             "screening": screening,
             "max_wait": max_wait,
-            **rules_of(clip, robust, byzantine, trim, density, seed, onto=onto),
+            **rules_of(clip, robust, of["byzantine"], of["trim"], of["density"], seed, onto=onto),
         }
         if onto is not None:
             _require_no_lock(lock, locked, dry_run)
@@ -164,12 +173,12 @@ def aggregate(
         if withdraw:
             raise UsageError("--withdraw takes a client out of a global adapter.", hint="Name it with --onto GLOBAL.")
         if not named:
-            raise UsageError("Missing argument 'SOURCES...'.", hint="lora-merge --help")
+            raise UsageError("Missing argument 'SOURCES...'.", hint="lora-merge aggregate --help")
         if dry_run:
             show_forecast(out, named, chosen or "examples", workers, max_wait, screening)
             return
         if output is None:
-            raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge --help")
+            raise UsageError("Missing option '--output' / '-o' (or --dry-run).", hint="lora-merge aggregate --help")
         target = may_publish(out, push, private, create_pr, max_wait)
         started = time.monotonic()
         from lora_merge.pipeline import aggregate as run

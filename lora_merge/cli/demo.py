@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group, RenderableType
 
 from lora_merge.cli.evaluate import drawn
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from lora_merge.demo.steps import Plan
 
 SETTINGS = "demo.json"
@@ -192,7 +193,9 @@ def _remove(paths: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _ending(output: Path, record: dict[str, Any]) -> RenderableType:
+def _ending(output: Path, record: dict[str, Any]) -> "RenderableType":
+    from rich.console import Group
+
     words = f"\nEverything is in {output}, and the commands that made it in {output / 'commands.sh'}."
     return Group(drawn(record), plain(words))
 

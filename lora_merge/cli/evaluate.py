@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption
 from lora_merge.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
     from lora_merge.evaluation.comparison import Comparison, Question
     from lora_merge.evaluation.intervals import Estimate
 SHOWN_LINES = 6  # of an answer; --json has all
@@ -169,8 +169,10 @@ def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:
     }
 
 
-def drawn(record: dict[str, Any]) -> RenderableType:
+def drawn(record: dict[str, Any]) -> "RenderableType":
     """The tables of a record: losses, what the globals gain over the mean local, and answers."""
+    from rich.console import Group
+
     left_out = f" ({record['rows_left_out']} left out as too long)" if record["rows_left_out"] else ""
     lead = (
         f"{record['rows']} held-out rows{left_out}, {record['answer_tokens']} answer tokens; 95 % intervals over rows"
@@ -182,7 +184,10 @@ def drawn(record: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _losses(models: list[dict[str, Any]]) -> Table:
+def _losses(models: list[dict[str, Any]]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table("model", "loss, nats a token", "perplexity", "gain over base", box=SIMPLE_HEAD, pad_edge=False)
     for model in models:
         style = "bold" if model["kind"] == "global" else "italic" if model["kind"] == "mean of locals" else None
@@ -204,7 +209,10 @@ def verdict(model: dict[str, Any]) -> str:
     return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3)}{doubt}."
 
 
-def _answers(answers: dict[str, str]) -> Table:
+def _answers(answers: dict[str, str]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     table = Table("model", "answer", box=SIMPLE_HEAD, pad_edge=False)
     for name, text in answers.items():
         lines = text.splitlines() or ["(nothing)"]

@@ -17,7 +17,7 @@ from lora_merge.cli.inspect import inspect
 from lora_merge.cli.output import SCHEMA_VERSION, Output, discard, open_streams
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
-from lora_merge.cli.settings_file import load_defaults
+from lora_merge.cli.settings_file import load_defaults, set_elsewhere
 from lora_merge.cli.train import train
 from lora_merge.cli.verify import verify
 from lora_merge.cli.watch import watch
@@ -27,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LORA_MERGE"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -83,15 +83,17 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        return int(app(prog_name="lora-merge", standalone_mode=False) or 0)
     except Exception as error:
         # The parser's own errors carry `format_message`; a command reports its errors itself.
         if not hasattr(error, "format_message"):
             raise
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")
+        where = getattr(getattr(error, "ctx", None), "command_path", "lora-merge")
+        hint = set_elsewhere(message) or f"{where} --help"
         if "--json" in sys.argv:
-            record = {"code": 2, "message": message, "hint": "lora-merge --help"}
+            record = {"code": 2, "message": message, "hint": hint}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
         elif message:  # a bare `lora-merge` printed its help already
-            Output().usage_error(message)
+            Output().usage_error(message, hint)
         return 2

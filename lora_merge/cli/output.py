@@ -14,16 +14,18 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console, RenderableType
-from rich.text import Text
 
-from lora_merge.errors import LoraMergeError, RefusedError, StorageError, one_line
+from lora_merge.cli.settings_file import set_elsewhere
+from lora_merge.errors import LoraMergeError, RefusedError, StorageError, UsageError, one_line
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # rich is imported where something is drawn: --help draws nothing with it
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
+    from rich.text import Text
 
 SCHEMA_VERSION = 1
 PIPE_COLUMNS = 1_000_000
@@ -38,8 +40,10 @@ def printable(text: object) -> str:
     return "\n".join(one_line(line) for line in str(text).split("\n"))
 
 
-def plain(text: object) -> Text:
+def plain(text: object) -> "Text":
     """A rich text that is neither markup nor a control sequence, whatever `text` holds."""
+    from rich.text import Text
+
     return Text(printable(text))
 
 
@@ -74,13 +78,27 @@ class Output:
 
     def __post_init__(self) -> None:
         open_streams()
-        # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
-        self._stdout = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
         self._spoken = False  # whether stdout has its one object, or could not be written
-        self._stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @cached_property
+    def _stdout(self) -> "Console":
+        from rich.console import Console
+
+        # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
+        return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+
+    @cached_property
+    def _stderr(self) -> "Console":
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, soft_wrap=True)
 
     def result(
-        self, data: dict[str, Any], *, made: str | Sequence[str] = "", show: Callable[[], RenderableType] | None = None
+        self,
+        data: dict[str, Any],
+        *,
+        made: str | Sequence[str] = "",
+        show: "Callable[[], RenderableType] | None" = None,
     ) -> None:
         """Print the result: `data` under ``--json``, `made` (a line each) under ``-q``, else what `show` draws."""
         if self.as_json:
@@ -109,11 +127,11 @@ class Output:
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""
         if not (self.quiet or self.as_json):
-            self._talk(Text(one_line(text)))
+            self._talk(one_line(text))
 
     def warn(self, text: object) -> None:
         """A warning, to stderr, in every mode."""
-        self._talk(Text("warning: ", style="yellow") + Text(one_line(text)))
+        self._talk(one_line(text), "warning: ", "yellow")
 
     @contextmanager
     def progress(self, what: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
@@ -135,7 +153,10 @@ class Output:
             with _ctrl_c():
                 yield
         except LoraMergeError as error:
-            self._fail(error.exit_code, error.message, error.hint, error)
+            where = set_elsewhere(error.message) if error.exit_code == UsageError.exit_code else ""
+            self._fail(
+                error.exit_code, error.message, f"{where}. {error.hint}".strip(". ") if where else error.hint, error
+            )
         except KeyboardInterrupt as error:
             self._fail(130, "Interrupted; nothing half-written was left.", resume, error)
         except OSError as error:
@@ -147,10 +168,10 @@ class Output:
             hint = "This is a bug of lora-merge: please report it with what --debug prints."
             self._fail(1, one_line(f"{type(error).__name__}: {error}"), hint, error)
 
-    def usage_error(self, message: str) -> None:
+    def usage_error(self, message: str, hint: str = "lora-merge --help") -> None:
         """Say that the command line itself is wrong."""
-        self._talk(Text("error: ", style="bold red") + Text(one_line(message)))
-        self._talk(Text("hint: ", style="cyan") + plain("lora-merge --help"))
+        self._talk(one_line(message), "error: ", "bold red")
+        self._talk(one_line(hint), "hint: ", "cyan")
 
     def _object(self, data: dict[str, Any]) -> str:
         indent = None if self.lines else 2
@@ -171,10 +192,12 @@ class Output:
             self._spoken = True
             raise StorageError(f"The result could not be written to standard output: {error.strerror}.") from error
 
-    def _talk(self, text: Text) -> None:
+    def _talk(self, text: str, label: str = "", style: str = "") -> None:
+        from rich.text import Text
+
         try:
             with self._stderr.capture() as capture:
-                self._stderr.print(text)
+                self._stderr.print(Text(label, style=style) + Text(printable(text)))
             self._stderr.file.write(capture.get())
             self._stderr.file.flush()
         except OSError:  # nobody listens: no reason to stop the work
@@ -182,7 +205,7 @@ class Output:
 
     def _fail(self, code: int, message: str, hint: str, error: BaseException) -> None:
         if self.debug:
-            self._talk(plain(textwrap.indent("".join(traceback.format_exception(error)), "  ")))
+            self._talk(textwrap.indent("".join(traceback.format_exception(error)), "  "))
         if self.as_json and not self._spoken:
             record: dict[str, Any] = {"code": code, "message": message, "hint": hint}
             if isinstance(error, RefusedError):
@@ -190,9 +213,9 @@ class Output:
             with suppress(StorageError):
                 self._write(self._object({"error": record}))
                 raise typer.Exit(code)
-        self._talk(Text("error: ", style="bold red") + plain(message))
+        self._talk(message, "error: ", "bold red")
         if hint:
-            self._talk(Text("hint: ", style="cyan") + Text(one_line(hint)))
+            self._talk(one_line(hint), "hint: ", "cyan")
         raise typer.Exit(code)
 
 
@@ -220,8 +243,9 @@ def _ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar(console: Console, unit: str) -> "Progress":
-    from rich import progress  # only here: a tenth of the time that --help takes
+def _bar(console: "Console", unit: str) -> "Progress":
+    from rich import progress
+    from rich.text import Text
 
     class Rate(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:

@@ -19,7 +19,10 @@ NameArgument = Annotated[str, typer.Argument(help="A shipped recipe's name; or, 
 
 @recipes_app.command("list")
 def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False, debug: DebugOption = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes.
+
+    Example: lora-merge recipes list
+    """
     out = Output(as_json, quiet, debug)
     with out.reporting():
         from lora_merge.recipe import load, shipped
@@ -33,7 +36,10 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False, debug:
 def show(
     name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = False, debug: DebugOption = False
 ) -> None:
-    """Print a recipe with its comments."""
+    """Print a recipe with its comments.
+
+    Example: lora-merge recipes show laptop
+    """
     out = Output(as_json, quiet, debug)
     with out.reporting():
         from lora_merge.recipe import load
@@ -46,13 +52,16 @@ def show(
 @recipes_app.command()
 def copy(
     name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
-    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="The folder to copy into.")] = Path("."),
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to copy into.")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Copy a recipe and its script, to read and to edit."""
+    """Copy a recipe and its script, to read and to edit.
+
+    Example: lora-merge recipes copy laptop ours
+    """
     out = Output(as_json, quiet, debug)
     with out.reporting():
         from lora_merge import recipe
@@ -68,10 +77,10 @@ def _record(loaded: "LoadedRecipe") -> dict[str, Any]:
 def _table(recipes: "list[LoadedRecipe]") -> "Table":
     from rich.table import Table
 
-    table = Table("recipe", "base model", "r", "rate", "length", "runs", "digest", box=None)
+    table = Table("recipe", "base model", "r", "runs", "digest", box=None, pad_edge=False)
     for loaded in recipes:
         recipe = loaded.recipe
         runs = f"{recipe.epochs:g} epochs" if recipe.epochs is not None else f"{recipe.steps} steps"
-        cells = (recipe.name, recipe.base_model, recipe.r, f"{recipe.learning_rate:g}", recipe.max_length, runs)
-        table.add_row(*(plain(cell) for cell in cells), plain(loaded.digest[:12]))
+        cells = (recipe.name, recipe.base_model, recipe.r, runs, loaded.digest[:12])
+        table.add_row(*map(plain, cells))
     return table

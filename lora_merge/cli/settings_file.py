@@ -1,7 +1,10 @@
-"""`lora-merge.toml`: a folder's own defaults for the options of each command."""
+"""Defaults of options from the environment and from `lora-merge.toml`, below what is typed; strictly read."""
 
 import difflib
+import os
+import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +13,119 @@ import typer
 from lora_merge.errors import UsageError
 
 FILE_NAME = "lora-merge.toml"
+PREFIX = "LORA_MERGE_"
+# What an option is about: where the first is typed, the others count only if they are typed too.
+BELONGS_TO = {
+    "method": ("rank", "energy", "density"),
+    "rank": ("energy",),
+    "robust": ("byzantine", "trim"),
+    "weight": ("weights",),
+    "weights": ("weight",),
+}
+
+_set_by: dict[str, str] = {}  # of the command that runs: `--rank` to `LORA_MERGE_AGGREGATE_RANK` or the file
 
 
 def load_defaults(context: typer.Context) -> None:
-    """Take the options in `lora-merge.toml`, where there is one, as defaults below the environment's and the user's.
+    """Take what the environment sets, then what `lora-merge.toml` does, as defaults of what the user does not type.
 
-    A table is a command, its keys are the command's long options: `[aggregate]`, `global-lr = 0.5`.
+    A variable is LORA_MERGE_, the command and the option: `LORA_MERGE_AGGREGATE_GLOBAL_LR=0.5`; where an option may be
+    repeated, its words are its values. In the file a table is a command: `[aggregate]`, `global-lr = 0.5`, and
+    `[recipes.list]` for a command of a command.
 
     Raises:
-        UsageError: the file is not TOML, or names a command or an option that does not exist.
+        UsageError: the file is not TOML, or one of them names a command or an option that does not exist.
     """
+    commands: Mapping[str, Any] = context.command.commands  # type: ignore[attr-defined]
+    _set_by.clear()
+    defaults = _of_file(commands)
+    _put_environment(defaults, commands)
+    context.default_map = defaults
+
+
+def without_those_typed_over(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` of options by name, None where one was not typed, and what it belongs to was."""
+    typed = {
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+    gone = {part for name in typed for part in BELONGS_TO.get(name, ())} - typed
+    return {name: None if name in gone else value for name, value in values.items()}
+
+
+def set_elsewhere(message: str) -> str:
+    """Where the options that `message` is about were set, if that was not on the command line."""
+    typed = {argument.partition("=")[0] for argument in sys.argv}
+    found = [f"{option} is set by {origin}" for option, origin in _set_by.items() if _names(message, option)]
+    return "; ".join(entry for entry in found if entry.split(" ")[0] not in typed)
+
+
+def _names(message: str, option: str) -> bool:
+    return any(word.strip("'\":;,.()") == option for word in message.split())
+
+
+def _of_file(commands: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(FILE_NAME)
     if not path.is_file():
-        return
+        return {}
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{FILE_NAME} is not valid TOML: {error}.") from error
-    context.default_map = {name: _defaults(context, name, table) for name, table in tables.items()}
+    return {name: _table(commands, (name,), table) for name, table in tables.items()}
 
 
-def _defaults(context: typer.Context, name: str, table: Any) -> dict[str, Any]:
-    commands: dict[str, Any] = context.command.commands  # type: ignore[attr-defined]
+def _table(commands: Mapping[str, Any], path: tuple[str, ...], table: Any) -> dict[str, Any]:
+    name = path[-1]
     if name not in commands or not isinstance(table, dict):
-        raise UsageError(f"{FILE_NAME} has the entry {name!r}, which is no command.{_near(name, commands)}")
-    options = {option.removeprefix("--"): p.name for p in commands[name].params for option in p.opts if "--" in option}
+        raise UsageError(f"{FILE_NAME} has the entry {'.'.join(path)!r}, which is no command.{_near(name, commands)}")
+    if inner := getattr(commands[name], "commands", None):
+        return {key: _table(inner, (*path, key), value) for key, value in table.items()}
+    options = _options(commands[name])
     for key in table:
         if key not in options:
-            raise UsageError(f"{FILE_NAME} has [{name}] {key}, which is no option of {name}.{_near(key, options)}")
-    return {options[key]: value for key, value in table.items()}
+            where = f"[{'.'.join(path)}] {key}"
+            raise UsageError(f"{FILE_NAME} has {where}, which is no option of {name}.{_near(key, options)}")
+    _remember(path, {f"--{key}": FILE_NAME for key in table})
+    return {options[key].name: value for key, value in table.items()}
 
 
-def _near(name: str, known: Any) -> str:
+def _put_environment(defaults: dict[str, Any], commands: Mapping[str, Any]) -> None:
+    known = {
+        PREFIX + "_".join((*path, option)).upper().replace("-", "_"): (path, option, parameter)
+        for path, command in _leaves(commands)
+        for option, parameter in _options(command).items()
+    }
+    for variable, text in os.environ.items():
+        if not variable.startswith(PREFIX):
+            continue
+        if variable not in known:
+            raise UsageError(f"The environment has {variable}, which sets no option.{_near(variable, known)}")
+        path, option, parameter = known[variable]
+        table = defaults
+        for name in path:
+            table = table.setdefault(name, {})
+        table[parameter.name] = text.split() if parameter.multiple else text
+        _remember(path, {f"--{option}": variable})
+
+
+def _leaves(commands: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in commands.items():
+        if inner := getattr(command, "commands", None):
+            yield from _leaves(inner, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """The long options of a command, without their dashes."""
+    return {option.removeprefix("--"): each for each in command.params for option in each.opts if "--" in option}
+
+
+def _remember(path: tuple[str, ...], origins: Mapping[str, str]) -> None:
+    if path[0] in sys.argv:
+        _set_by.update(origins)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

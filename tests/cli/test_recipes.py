@@ -31,6 +31,17 @@ def parsed(text: str) -> Any:
     return json.loads(text)
 
 
+def test_a_file_that_is_no_yaml_is_one_line_that_says_where(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: x\n r: [1\n")
+    code, _, err = run("show", str(tmp_path / "bad.yaml"))
+    assert code == 2
+    assert err.endswith("not a YAML file: mapping values are not allowed here, in line 2, column 3\n")
+
+
+def test_the_list_fits_eighty_columns(run: Run) -> None:
+    assert max(map(len, run("list")[1].splitlines())) <= 80
+
+
 def test_list_names_every_recipe_with_its_digest(run: Run) -> None:
     code, out, _ = run("list", "--json")
     listed = {entry["name"]: entry["digest"] for entry in parsed(out)["recipes"]}

@@ -1,15 +1,22 @@
 """`lora-merge.toml`: defaults below the environment's and the user's, strictly read."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from lora_merge.cli.main import app
+from tests.cli.running import Run, lora_merge
+from tests.cli.test_aggregate import client
+
+__all__ = ["lora_merge"]  # a fixture
 
 RECIPES = ["recipes", "list"]
+TRAIN = ["train", "laptop", "--data", "d", "--client-id", "o/a", "-o", "x"]
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> tuple[int, str]:
@@ -25,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_option_wins_over_the_environment_and_that_over_the_file(here: Path) -> None:
     chosen: list[str] = []
-    probe = typer.Typer(context_settings={"auto_envvar_prefix": "LORA_MERGE"})
+    probe = typer.Typer()
 
     @probe.callback()
     def load(context: typer.Context) -> None:
@@ -67,3 +74,88 @@ def test_the_file_may_turn_json_on(here: Path) -> None:
     code, output = run("aggregate", "nowhere", "--output", "global")
     assert code == 4
     assert json.loads(output)["error"]["code"] == 4
+
+
+def test_the_file_sets_a_command_of_a_command_too(here: Path) -> None:
+    (here / "lora-merge.toml").write_text("[recipes.list]\nquiet = true\n")
+    assert run(*RECIPES)[1].splitlines()[0] == "laptop"
+    (here / "lora-merge.toml").write_text("[recipes.lst]\n")
+    assert run(*RECIPES)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "arguments", "code"),
+    [
+        ("LORA_MERGE_AGGREGATE_JSON", "true", ("aggregate", "no", "--output", "x"), 4),
+        ("LORA_MERGE_RECIPES_LIST_JSON", "1", RECIPES, 0),
+        ("LORA_MERGE_TRAIN_SET", "r=0 b=2", (*TRAIN, "--json"), 2),
+    ],
+)
+def test_a_variable_is_called_as_its_option_is(variable: str, value: str, arguments: Sequence[str], code: int) -> None:
+    found, output = run(*arguments, env={variable: value})
+    assert found == code, output
+    assert json.loads(output)["schema_version"] == 1
+
+
+@pytest.mark.parametrize("variable", ["LORA_MERGE_AGREGATE_METHOD", "LORA_MERGE_AGGREGATE_METOD"])
+def test_a_variable_that_sets_nothing_is_an_error_with_a_suggestion(variable: str) -> None:
+    code, output = run(*RECIPES, env={variable: "svd"})
+    assert code == 2
+    assert f"{variable}, which sets no option. Did you mean 'LORA_MERGE_AGGREGATE_METHOD'?" in output
+
+
+@pytest.mark.parametrize(("name", "value"), [("METHOD", "mean"), ("RANK", "many")])
+def test_a_wrong_value_is_traced_to_where_it_was_set(
+    name: str, value: str, here: Path, lora_merge: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client(here / "a")
+    options = {"METHOD": "svd", name: value}
+    for key, text in options.items():
+        monkeypatch.setenv(f"LORA_MERGE_AGGREGATE_{key}", text)
+    code, _, err = lora_merge("aggregate", "a", "-o", "global")
+    assert code == 2
+    assert f"--{name.lower()} is set by LORA_MERGE_AGGREGATE_{name}" in err
+    monkeypatch.setenv("LORA_MERGE_AGGREGATE_MAX_WAIT", "long")
+    code, _, err = lora_merge("aggregate", "a", "-o", "global")
+    assert code == 2
+    assert "--max-wait is set by LORA_MERGE_AGGREGATE_MAX_WAIT" in err
+
+
+def test_what_belongs_to_another_method_does_not_outlive_a_method_that_is_typed(here: Path, lora_merge: Run) -> None:
+    client(here / "a")
+    (here / "lora-merge.toml").write_text('[aggregate]\nmethod = "svd"\nrank = "1"\nweights = "uniform"\n')
+    assert lora_merge("aggregate", "a", "-o", "first", "-q")[0] == 0
+    assert json.loads((here / "first" / "aggregation.json").read_text())["ranks"] == [1]
+    assert lora_merge("aggregate", "a", "-o", "second", "-q", "--method", "exact", "--weight", "a=2")[0] == 0
+    assert json.loads((here / "second" / "aggregation.json").read_text())["ranks"] == [2]
+    code, _, err = lora_merge("aggregate", "a", "-o", "third", "--method", "exact", "--rank", "1")
+    assert code == 2
+    assert "set by" not in err
+
+
+def test_a_wrong_command_line_names_the_help_of_its_command(lora_merge: Run) -> None:
+    assert "hint: lora-merge aggregate --help" in lora_merge("aggregate", "--nope")[2]
+    assert "hint: lora-merge recipes show --help" in lora_merge("recipes", "show")[2]
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_reports_in_all_three_ways_and_its_help_is_whole(path: tuple[str, ...], lora_merge: Run) -> None:
+    options = {option for parameter in COMMANDS[path].params for option in parameter.opts}
+    assert {"--json", "--quiet", "-q", "--debug"} <= options
+    assert ("-o" in options) == ("--output" in options)
+    code, out, _ = lora_merge(*path, "--help")
+    assert code == 0
+    assert f"Example: lora-merge {' '.join(path)}" in " ".join(out.split())
+    assert "env var" not in out
+    assert "<bool>" not in out
