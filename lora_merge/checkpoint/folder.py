@@ -62,7 +62,9 @@ def scratch_folder() -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"{tempfile.gettempdir()} cannot be written to: {error.strerror}.") from error
     try:
-        yield folder
+        inside = folder / "scratch"  # whoever writes beside something in it locks it, and `folder` is locked already
+        inside.mkdir()
+        yield inside
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.folder import atomic_folder, check_free, scratch_folder
 from lora_merge.checkpoint.overwriting import Kind, require_apart
 from lora_merge.errors import StorageError, UsageError
 
@@ -126,3 +126,10 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(StorageError, match="may not be written"):
         check_free(tmp_path / "new" / "out")
+
+
+def test_a_scratch_folder_can_be_written_in_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch_folder() as scratch, atomic_folder(scratch / "again") as work:
+        (work / "new").touch()
+    assert list(tmp_path.iterdir()) == []
