@@ -391,7 +391,7 @@ def test_a_watch_over_the_hub_publishes_each_arrival(hub: LocalHub, tmp_path: Pa
     token = hub.user("alice", orgs={"org": "write"})
     for number in range(2):
         hub.create(f"org/client-{number}", adapter(f"org/client-{number}", seed=number))
-    arguments = ["watch", "org/client-*", "--onto", "org/global", "--until", "2", "--json"]
+    arguments = ["watch", "org/client-*", "--onto", "org/global", "--until", "2", "--for", "60s", "--json"]
     with Client(hub.env(cache=tmp_path / "home")) as process:
         code, out, talk = process.run(COMMAND, folder=str(tmp_path), arguments=arguments, token=token)
     assert code == 0, talk

@@ -22,6 +22,7 @@ from lora_merge.intake import Reading
 from lora_merge.options import merge_settings, require_sound
 from lora_merge.screening.selection import Selection, by_client_id, listed
 from lora_merge.screening.stops import Screening
+from lora_merge.screening.weighing import cap_in
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import Rooms, open_rooms
 from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
@@ -145,7 +146,8 @@ class Watcher:
             require_folds(self.options.get("method") or "exact", self.options.get("rank"))
             return
         rule, given = now.ledger.weighting, self.options.get("weights")
-        if rule not in ("examples", "uniform") or given not in (None, rule):
+        made_by = rule if cap_in(rule) is None else "examples"  # a cap holds for arrivals too
+        if made_by not in ("examples", "uniform") or given not in (None, made_by):
             raise UsageError(
                 f"{self.place.name} is weighted by {rule}; its arrivals cannot be by {given or 'a rule'}.",
                 hint="Fold each with its weight: lora-merge aggregate SOURCE --onto GLOBAL --weight SOURCE=NUMBER",
