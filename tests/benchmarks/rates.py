@@ -130,9 +130,9 @@ def timing_fsync() -> Iterator[list[float]]:
     """The seconds of each flush of a finished folder, while the block runs."""
     flush, seconds = atomic._flush, []
 
-    def timed(folder: Path) -> None:
+    def timed(folder: Path, mask: int) -> None:
         start = time.perf_counter()
-        flush(folder)
+        flush(folder, mask)
         seconds.append(time.perf_counter() - start)
 
     atomic._flush = timed
