@@ -1,7 +1,7 @@
 """From sources to a federation: every client examined, fetched, weighted; or every reason why not, at once."""
 
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,10 +171,16 @@ def _examined(
     return found
 
 
-def candidates_of(rooms: Rooms, refs: Sequence[AdapterRef], selection: Selection) -> dict[str, Candidate]:
-    """The adapters at `refs` that may take part, by client id, sorted; refused where they are no federation."""
+def candidates_of(
+    rooms: Rooms, refs: Sequence[AdapterRef], selection: Selection, known: Collection[str] = ()
+) -> dict[str, Candidate]:
+    """The adapters at `refs` that may take part, by client id, sorted; refused where they are no federation.
+
+    Args:
+        known: names of clients that are in already, who may be excluded without being looked at.
+    """
     candidates = rooms.examine(listed(refs, selection), selection.refuse)
-    require_exclusions_used(refs, candidates, selection.screening.exclude)
+    require_exclusions_used(refs, candidates, selection.screening.exclude, known)
     found = _agreeing(by_client_id(candidates, selection), selection)
     selection.require(len(found))
     return found

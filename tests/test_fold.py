@@ -19,7 +19,7 @@ from lora_merge.verify import verify
 from tests.adapters import KINDS, Kind, edited
 from tests.conftest import Federations, digests
 from tests.dense import error, mean_model
-from tests.folds import FILES, interleaved, mean_of, truncated, write_client
+from tests.folds import FILES, SCREENING, interleaved, mean_of, truncated, write_client
 from tests.folds import error as error_of
 
 SAME = ("adapter_model.safetensors", "adapter_config.json", "lora-merge.lock")
@@ -98,7 +98,8 @@ def test_any_interleaving_of_arrivals_replacements_and_withdrawals_ends_in_the_b
     guests = [write_client(tmp_path / "guests" / f"guest-{i}", 90 + i, 24, 1) for i in range(2)]
     onto = tmp_path / "global"
     for step in interleaved(clients, former, guests, seed):
-        fold([step.arrives] if step.arrives else [], onto, withdraw=[step.leaves] if step.leaves else [])
+        leaves = [step.leaves] if step.leaves else []
+        fold([step.arrives] if step.arrives else [], onto, withdraw=leaves, screening=SCREENING)
     same_as_one_merge(onto, clients, tmp_path / "one")
 
 
@@ -156,7 +157,7 @@ def test_a_lora_a_that_all_share_is_seen_though_only_its_multiple_is_stored(tmp_
     for i in (1, 2):
         folders.append(write_client(tmp_path / f"client-{i}", i, 24, 2))
         save_file({**load_file(folders[i] / FILES[0]), **start}, folders[i] / FILES[0])
-    other = write_client(tmp_path / "client-9", 9, 24, 2)
+    other = write_client(tmp_path / "client-9", 3, 24, 2)
     onto = tmp_path / "global"
     for folder in (first, other):
         fold([folder], onto)

@@ -88,8 +88,9 @@ def sketches_of_blocks(update: Factors, bounds: Sequence[int]) -> Tensor:
     V = _signs(ROWS, update.A.shape[2], 0)
     columns = torch.einsum("eir,erj->rij", U @ update.B, update.A @ V.mT).reshape(r, -1).double()
     owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.diff(torch.tensor(bounds)))
-    nothing = torch.zeros(len(bounds) - 1, ROWS * ROWS, dtype=torch.float64)
-    return nothing.index_add_(0, owners, columns[: len(owners)]).mul_(update.scaling)
+    found: Tensor = torch.zeros(len(bounds) - 1, ROWS * ROWS, dtype=torch.float64)
+    found.index_add_(0, owners, columns[: len(owners)])
+    return found * update.scaling
 
 
 def cosines_to_blocks(
@@ -111,7 +112,8 @@ def cosines_to_blocks(
 
 
 def _units(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    lengths: Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / lengths.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:

@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.errors import NotFoundError, Problem, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.screening.selection import Selection
-from lora_merge.screening.weighing import Weighed, weighed
+from lora_merge.screening.stops import cap_of
+from lora_merge.screening.weighing import Weighed, cap_in, weighed
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms
 
 Contributions = Mapping[str, Contribution]
-RULES = ("examples", "uniform", "given")
+RULES = ("examples", "uniform", "given")  # the first one with a cap or without
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,15 @@ def arriving(
         RefusedError: with every problem of every adapter, such as an id that is in from somewhere else.
     """
     at_commit = {(each.source, each.commit) for each in kept.values() if each.commit}
-    candidates = candidates_of(rooms, [ref for ref in refs if (ref.source, ref.commit) not in at_commit], selection)
+    others = [ref for ref in refs if (ref.source, ref.commit) not in at_commit]
+    names = [name for each in kept.values() for name in (each.client_id, each.source)]
+    candidates = candidates_of(rooms, others, selection, names)
     before = {client: _same_source(client, candidate.ref, kept) for client, candidate in candidates.items()}
-    if problems := [p for client, c in candidates.items() for p in _claims(client, c.ref, before[client], kept)]:
-        raise RefusedError(problems)
+    for client, candidate in list(candidates.items()):
+        if problems := list(_claims(client, candidate.ref, before[client], kept)):
+            selection.refuse(candidate.ref, problems, client)
+            del candidates[client]
+    selection.require(len(candidates))
     opened: dict[str, PeftFolder] = {}
     try:
         open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
@@ -96,7 +102,9 @@ def weights_of_arrivals(
         UsageError: another rule, another weight for one that stays, or none for a new one.
     """
     rule = weights if weights is None or isinstance(weights, str) else "given"
-    if ledger.weighting not in RULES or rule not in (None, ledger.weighting):
+    cap = cap_in(ledger.weighting)
+    made_by = ledger.weighting if cap is None else "examples"
+    if made_by not in RULES or rule not in (None, made_by):
         raise UsageError(
             f"The global adapter is weighted by {ledger.weighting}; its arrivals cannot be by {rule or 'that'}.",
             hint="Leave --weights out, or merge all clients anew without --onto.",
@@ -104,15 +112,29 @@ def weights_of_arrivals(
     if not arrivals.new:
         return Weighed({}, ledger.weighting)
     if weights is None or isinstance(weights, str):
-        if ledger.weighting == "given":
+        if made_by == "given":
             hint = " ".join(f"--weight {candidate.ref.source}=NUMBER" for candidate in arrivals.candidates.values())
             raise UsageError("The global adapter's weights were given by hand; so must be its arrivals'.", hint=hint)
-        return weighed(arrivals.candidates, "uniform" if ledger.weighting == "uniform" else "examples", selection)
+        capped = _as_capped_before(selection, cap)
+        before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
+        return weighed(arrivals.candidates, "uniform" if made_by == "uniform" else "examples", capped, before)
     names = {name: each for each in kept.values() for name in (each.client_id, each.source)}
     for name in weights.keys() & names.keys():
         if weights[name] != names[name].weight:
             raise UsageError(f"{name} is in with the weight {names[name].weight:g}, which stays as it is.")
     return weighed(arrivals.candidates, {name: n for name, n in weights.items() if name not in names}, selection)
+
+
+def _as_capped_before(selection: Selection, cap: float | None) -> Selection:
+    """The selection with the cap that the global adapter was made with, which is its arrivals' too."""
+    chosen = selection.screening.cap_examples
+    if chosen is not None and (cap is None or cap_of(chosen, []) != cap):
+        made = "without one" if cap is None else f"with {cap:g}"
+        raise UsageError(
+            f"--cap-examples is {chosen}, and the global adapter was made {made}.",
+            hint="Leave --cap-examples out, or merge all clients anew without --onto.",
+        )
+    return replace(selection, screening=replace(selection.screening, cap_examples=cap))
 
 
 def _same_source(client: str, ref: AdapterRef, kept: Contributions) -> Contribution | None:

@@ -1,9 +1,10 @@
 """The corridor of folding: a global adapter's folder and what arrives, to the folder of the next one."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,14 @@ from lora_merge.folding.arrivals import arriving, refs_of, weights_of_arrivals, 
 from lora_merge.folding.by_mean import bound
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
+from lora_merge.folding.late import screened, with_screening
 from lora_merge.intake import UNSCREENED, Reading
-from lora_merge.ledger import Certificate, Ledger
+from lora_merge.ledger import Certificate, Ledger, LeftOut
 from lora_merge.lock import Lock
 from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
 from lora_merge.provenance import ledger_of, lock_of, write_records
+from lora_merge.screening.measuring import Findings
 from lora_merge.screening.selection import Selection
 from lora_merge.screening.stops import Screening
 from lora_merge.sources.reference import Progress
@@ -46,6 +49,7 @@ class Fold:
     Attributes:
         output: the folder that holds the result; where nothing was new, the global adapter as it was.
         added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was written.
+        left_out: who was named and is not in it for that, and why.
         again: why all clients had to be merged again from their files; None where the global adapter itself did.
         published: the commit that brought it to the repository that was folded onto.
     """
@@ -57,6 +61,7 @@ class Fold:
     withdrawn: Sequence[str] = ()
     again: str | None = None
     warnings: Sequence[str] = ()
+    left_out: Sequence[LeftOut] = ()
     published: "Pushed | None" = None
 
     @property
@@ -100,7 +105,7 @@ def fold_folder(
     how: How,
     reading: Reading,
 ) -> Fold:
-    """Bring what is new in `sources` into the global adapter `onto`, written to `target`: see `lora_merge.folding.onto`."""
+    """Bring what is new in `sources` into the global adapter `onto`, written to `target`: see `fold`."""
     if onto.folder is None:
         return _first(sources, onto, target, withdraw, how, reading)
     with (
@@ -110,19 +115,32 @@ def fold_folder(
         settings = _settings(before.ledger, how)
         gone = withdrawn(withdraw, before.contributions, onto.place)
         stay = {client: each for client, each in before.contributions.items() if client not in gone}
-        selection = Selection(how.screening or UNSCREENED)
+        selection = Selection(how.screening or UNSCREENED, others=len(stay))
         refs = refs_of(rooms, sources, onto.place, [before.contributions[client] for client in gone])
-        with arriving(rooms, refs, stay, reading, selection) as arrivals:
+        with arriving(rooms, refs, stay, reading, selection) as arrived:
+            arrivals, found = screened(arrived, before, stay, selection) if how.screening else (arrived, Findings())
             if not arrivals.new and not gone:
-                return Fold(onto.folder, before.ledger, warnings=rooms.notes)
-            n = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection).n
-            change = change_of(before, arrivals, n, gone)
-            with parts_of(change, rooms, how.base, device_named(how.device), reading) as parts:
-                ledger = _write(target, change, parts, settings, how.workers, reading.progress)
-            warnings = [*rooms.notes, *selection.notes, *claim_warnings(parts.clients), *rank_warnings(ledger)]
-            added = [client for client in arrivals.new if client not in arrivals.replaces]
-            replaced = sorted(arrivals.replaces)
-            return Fold(target, ledger, added, replaced, change.withdrawn, parts.again, warnings)
+                notes, left_out = [*rooms.notes, *selection.notes], sorted(selection.left_out)
+                return Fold(onto.folder, before.ledger, warnings=notes, left_out=left_out)
+            weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
+            change = change_of(before, arrivals, weighed.n, gone)
+            record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
+            device = device_named(how.device)
+            with parts_of(change, rooms, how.base, device, reading) as parts:
+                ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
+            return Fold(
+                output=target,
+                ledger=ledger,
+                added=[client for client in arrivals.new if client not in arrivals.replaces],
+                replaced=sorted(arrivals.replaces),
+                withdrawn=change.withdrawn,
+                again=parts.again,
+                warnings=[
+                    *(*rooms.notes, *selection.notes),
+                    *(*claim_warnings(parts.clients), *found.warnings, *rank_warnings(ledger)),
+                ],
+                left_out=sorted(selection.left_out),
+            )
 
 
 def _first(
@@ -152,7 +170,8 @@ def _first(
         if is_there(target):
             raise ConflictError(f"Somebody else has made {onto.place} in the meantime.", hint=_AGAIN) from error
         raise
-    return Fold(target, made.ledger, [each.client_id for each in made.ledger.contributions], warnings=made.warnings)
+    added = [each.client_id for each in made.ledger.contributions]
+    return Fold(target, made.ledger, added, warnings=made.warnings, left_out=made.ledger.left_out)
 
 
 def is_there(folder: Path) -> bool:
@@ -171,9 +190,18 @@ def require_folds(method: str, rank: Rank | None) -> None:
 
 
 def _write(
-    target: Path, change: Change, parts: Parts, settings: Settings, workers: int | None, progress: Progress
+    target: Path,
+    change: Change,
+    parts: Parts,
+    settings: Settings,
+    workers: int | None,
+    progress: Progress,
+    record: Callable[[Ledger, Ledger], Ledger],
 ) -> Ledger:
-    """Merge into `target` in one step; where that is the global adapter itself, only while it is what was read."""
+    """Merge into `target` in one step; where that is the global adapter itself, only while it is what was read.
+
+    `record` adds to the ledger what screening found, from what it was before.
+    """
     before, federation = change.before, parts.federation
     if settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "blocks":
         settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
@@ -181,7 +209,7 @@ def _write(
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
-        ledger = ledger_of(federation, lock, contributions, measured, settings, before.name())
+        ledger = record(ledger_of(federation, lock, contributions, measured, settings, before.name()), before.ledger)
         if METHODS[settings.method].folds == "mean":
             ledger, lock = _folded(ledger, lock, change, parts, measured)
         if settings.method == "svd":

@@ -1,6 +1,6 @@
 """Who takes part in a merge: exclusions, allow-lists, claimed ids. Everybody left out is named with the reason."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -83,10 +83,11 @@ def by_client_id(candidates: Sequence[Candidate], selection: Selection) -> dict[
 
 
 def require_exclusions_used(
-    refs: Sequence[AdapterRef], candidates: Sequence[Candidate], exclude: Sequence[str]
+    refs: Sequence[AdapterRef], candidates: Sequence[Candidate], exclude: Sequence[str], known: Collection[str] = ()
 ) -> None:
     """Raise `UsageError` for an exclusion that excludes nobody: a slip there would let somebody in."""
-    names = [name for ref in refs for name in _names(ref)] + [client_id(candidate) for candidate in candidates]
+    stated = [client_id(candidate) for candidate in candidates]
+    names = [*(name for ref in refs for name in _names(ref)), *stated, *known]
     for entry in exclude:
         if not _matching([entry], names):
             raise UsageError(f"--exclude {one_line(entry)} is none of the sources or client ids.")

@@ -1,0 +1,112 @@
+"""The stops at late arrivals, whose norms and copies are held against those that are in already."""
+
+import math
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from lora_merge.adapter import Client
+from lora_merge.aggregation.compatibility import shape_problems
+from lora_merge.aggregation.schedule import over, pool
+from lora_merge.aggregation.sketch import Sketched, sketches_of_blocks
+from lora_merge.agreement import claim_problems
+from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
+from lora_merge.folding.arrivals import Arrivals, Contributions
+from lora_merge.folding.global_adapter import GlobalAdapter
+from lora_merge.ledger import Ledger
+from lora_merge.screening.measuring import Findings, Held, copies, findings, read_all
+from lora_merge.screening.selection import Selection
+
+
+def screened(
+    arrivals: Arrivals, before: GlobalAdapter, stay: Contributions, selection: Selection
+) -> tuple[Arrivals, Findings]:
+    """The arrivals that come in, and what reading them found. Nothing is changed before that.
+
+    Copies are found among the arrivals, and of stored blocks, which are read for that. What went into a mean is no
+    update of its own any more: of that, only equal files are known.
+
+    Raises:
+        RefusedError: an arrival is refused, or is far larger than those that are in.
+    """
+    stay = {client: each for client, each in stay.items() if client not in arrivals.replaces.values()}
+    if selection.screening.skip_rejected:
+        arrivals = _without_misfits(arrivals, before, stay, selection)
+    sketched = {client: Sketched(folder) for client, folder in arrivals.new.items()}
+    with pool() as threads:
+        problems = read_all(sketched, threads)
+        for client, reasons in problems.items():
+            selection.refuse(arrivals.candidates[client].ref, reasons, client)
+        selection.require(len(sketched) - len(problems))
+        arrivals = _without(arrivals, problems)
+        if not arrivals.new:
+            return arrivals, Findings()
+        held = _held(before, stay, threads)
+    sketched = {client: sketched[client] for client in arrivals.new}
+    hashes = {client: arrivals.hashes[client][WEIGHTS_NAME] for client in arrivals.new}
+    if selection.screening.drop_duplicates:
+        dropped = copies(sketched, hashes, held)
+        for copy in dropped:
+            selection.leave_out(arrivals.candidates[copy.client].ref, str(copy), copy.client)
+            del sketched[copy.client], hashes[copy.client]
+        arrivals = _without(arrivals, [copy.client for copy in dropped])
+    return arrivals, findings(sketched, hashes, selection.screening, held=held)
+
+
+def _without(arrivals: Arrivals, clients: Collection[str]) -> Arrivals:
+    new = {client: each for client, each in arrivals.new.items() if client not in clients}
+    candidates = {client: arrivals.candidates[client] for client in new}
+    return replace(
+        arrivals, new=new, candidates=candidates, replaces={c: o for c, o in arrivals.replaces.items() if c in new}
+    )
+
+
+def _without_misfits(arrivals: Arrivals, before: GlobalAdapter, stay: Contributions, selection: Selection) -> Arrivals:
+    """The arrivals each of which makes one federation with those that stay."""
+    misfits = []
+    for client, folder in arrivals.new.items():
+        claims = {**{name: before.descriptions[name] for name in stay}, client: folder}
+        shapes = [Client(before.place, 1.0, before.folder), Client(client, 1.0, folder)] if stay else []
+        if problems := [*claim_problems(claims), *shape_problems(shapes)]:
+            selection.refuse(arrivals.candidates[client].ref, problems, client)
+            misfits.append(client)
+    return _without(arrivals, misfits)
+
+
+def _held(before: GlobalAdapter, stay: Contributions, threads: ThreadPoolExecutor) -> Held:
+    norms = {client: each.norm for client, each in stay.items() if each.norm is not None}
+    hashes = {client: sha256 for client, each in stay.items() if (sha256 := each.sha256.get(WEIGHTS_NAME))}
+    if not before.is_stacked:
+        return Held(norms, hashes)
+    at = {client: index for index, client in enumerate(before.contributions) if client in stay}
+    modules = list(before.stacks.specs)
+    found = over(threads, partial(_sketches, before, list(at.values())), modules)
+    updates = {client: before.stacks.run(index, index + 1) for client, index in at.items()}
+    return Held(norms, hashes, updates, dict(zip(modules, found, strict=True)))
+
+
+def _sketches(before: GlobalAdapter, rows: list[int], module: str) -> Tensor:
+    whole = before.stacks.cut(module, 0, len(before.contributions))
+    return sketches_of_blocks(whole, before.stacks.bounds[module])[rows]
+
+
+def with_screening(
+    ledger: Ledger, before: Ledger, selection: Selection, waved_through: Collection[str], found: Findings
+) -> Ledger:
+    """The record, with what screening left out, let in and measured; and what `before` says of those who stay."""
+    norms = {client: float(f"{norm:.6g}") for client, norm in found.norms.items() if math.isfinite(norm)}
+    contributions = [replace(each, norm=norms.get(each.client_id, each.norm)) for each in ledger.contributions]
+    sources = {each.source for each in contributions}
+    left_out = {each.source: each for each in (*before.left_out, *selection.left_out) if each.source not in sources}
+    were = {each.client_id: each.sha256 for each in before.contributions}
+    stay = [each.client_id for each in contributions if were.get(each.client_id) == each.sha256]
+    waved = [line for line in before.waved_through if any(line.startswith(f"{client}: ") for client in stay)]
+    return replace(
+        ledger,
+        contributions=contributions,
+        left_out=sorted(left_out.values()),
+        waved_through=[*waved, *waved_through, *found.waved_through],
+    )
