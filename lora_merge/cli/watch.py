@@ -13,7 +13,13 @@ import typer
 from lora_merge.cli.evaluate import PromptForm
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption
-from lora_merge.cli.screening import AllowDominantOption, AllowListOption, AllowOutliersOption, ExcludeOption
+from lora_merge.cli.screening import (
+    AllowDominantOption,
+    AllowListOption,
+    AllowOutliersOption,
+    DropDuplicatesOption,
+    ExcludeOption,
+)
 from lora_merge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,9 +71,13 @@ def watch(
     dtype: Annotated[str | None, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.  [default: CPUs]")] = None,
+    cap_examples: Annotated[
+        float | None, typer.Option(metavar="N", help="Count no client for more examples.  [default: as it was made]")
+    ] = None,
     allow_dominant: AllowDominantOption = False,
     allow_outliers: AllowOutliersOption = False,
     allow_list: AllowListOption = None,
+    drop_duplicates: DropDuplicatesOption = False,
     exclude: ExcludeOption = None,
     private: PrivateOption = None,
     max_wait: MaxWaitOption = MAX_WAIT,
@@ -105,9 +115,11 @@ def watch(
             seconds=seconds,
             interval=interval,
             screening=Screening(
+                cap_examples=cap_examples,
                 allow_dominant=allow_dominant,
                 allow_outliers=allow_outliers,
                 allow_list=allow_list,
+                drop_duplicates=drop_duplicates,
                 exclude=tuple(exclude or ()),
             ),
             private=private,

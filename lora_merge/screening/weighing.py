@@ -57,10 +57,11 @@ def weighed(
     if problems and not screening.allow_dominant:
         raise RefusedError(problems, hint=LATE_WAYS_PAST_DOMINANCE if before is not None else ways_past_dominance(n))
     waved = tuple(one_line(f"{problem} (--allow-dominant)") for problem in problems)
-    return Weighed(capped, "examples" if cap is None else _capped(cap), waved)
+    return Weighed(capped, "examples" if cap is None else capped_by(cap), waved)
 
 
-def _capped(cap: float) -> str:
+def capped_by(cap: float) -> str:
+    """What a ledger calls a weighting by examples that are capped."""
     return f"{_CAPPED}{int(cap) if cap.is_integer() else repr(cap)} each"
 
 
@@ -71,7 +72,7 @@ def cap_in(weighting: str) -> float | None:
         cap = float(text)
     except ValueError:
         return None
-    return cap if 0 < cap < math.inf and weighting == _capped(cap) else None
+    return cap if 0 < cap < math.inf and weighting == capped_by(cap) else None
 
 
 def _names(candidates: Mapping[str, Candidate]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from lora_merge.errors import (
     StorageError,
     UsageError,
 )
+from lora_merge.folding.arrivals import require_cap
 from lora_merge.folding.corridor import require_folds
 from lora_merge.folding.onto import Fold, fold
 from lora_merge.intake import Reading
@@ -109,6 +110,8 @@ class Watcher:
         if method != "svd" or rank is not None:  # else as the global adapter was made with
             require_folds(method, rank)
         require_sound(chosen.get("global_lr") or 1.0, chosen.get("workers"))
+        if str(self.screening.cap_examples).endswith("x"):
+            raise UsageError("--cap-examples of a watch is a number: there is no median before anybody arrives.")
         if chosen.get("weights") not in (None, "examples", "uniform"):
             raise UsageError("A watcher weighs arrivals by a rule: examples or uniform.")
         with open_rooms(0) as rooms:
@@ -146,12 +149,14 @@ class Watcher:
             require_folds(self.options.get("method") or "exact", self.options.get("rank"))
             return
         rule, given = now.ledger.weighting, self.options.get("weights")
-        made_by = rule if cap_in(rule) is None else "examples"  # a cap holds for arrivals too
+        cap = cap_in(rule)
+        made_by = rule if cap is None else "examples"  # a cap holds for arrivals too
         if made_by not in ("examples", "uniform") or given not in (None, made_by):
             raise UsageError(
                 f"{self.place.name} is weighted by {rule}; its arrivals cannot be by {given or 'a rule'}.",
                 hint="Fold each with its weight: lora-merge aggregate SOURCE --onto GLOBAL --weight SOURCE=NUMBER",
             )
+        require_cap(self.screening.cap_examples, cap)
         for look in range(1, LOOKS + 1):
             try:
                 self._folded([])
@@ -208,8 +213,7 @@ class Watcher:
                 by_client_id(rooms.examine(taking_part), selection)
         if not selection.left_out:
             return []
-        self.refused[ref.place] = version
-        return [Refusal(ref.source, ref.commit, selection.left_out[0].reason, "")]
+        return [self._left(ref, version, selection.left_out[0].reason)]
 
     def _fold(self, ref: AdapterRef, version: str) -> Arrival | Refusal | None:
         """Bring one in; None where somebody else has, or it is changing at this moment."""
@@ -228,7 +232,8 @@ class Watcher:
         came = {each.client_id for each in of_same_source(ref, made.ledger.contributions)}
         client = next((client for client in (*made.added, *made.replaced) if client in came), None)
         if client is None:
-            return None
+            reason = next((each.reason for each in made.left_out if each.source == ref.source), None)
+            return self._left(ref, version, reason) if reason else None
         return Arrival(
             client=client,
             source=ref.source,
@@ -261,13 +266,16 @@ class Watcher:
         self.with_files = True
         return made
 
-    def _refusal(self, ref: AdapterRef, version: str, error: LoraMergeError) -> Refusal:
+    def _left(self, ref: AdapterRef, version: str, reason: str, hint: str = "") -> Refusal:
         self.refused[ref.place] = version
+        return Refusal(ref.source, ref.commit, reason, hint)
+
+    def _refusal(self, ref: AdapterRef, version: str, error: LoraMergeError) -> Refusal:
         if isinstance(error, RefusedError):
             reason = "; ".join(f"{problem.field}: {problem.reason}" for problem in error.problems)
         else:
             reason = error.message
-        return Refusal(ref.source, ref.commit, reason, error.hint)
+        return self._left(ref, version, reason, error.hint)
 
     def _tell_once(self, *lines: str) -> None:
         for line in lines:
