@@ -115,7 +115,8 @@ def weights_of_arrivals(
         if made_by == "given":
             hint = " ".join(f"--weight {candidate.ref.source}=NUMBER" for candidate in arrivals.candidates.values())
             raise UsageError("The global adapter's weights were given by hand; so must be its arrivals'.", hint=hint)
-        capped = _as_capped_before(selection, cap)
+        require_cap(selection.screening.cap_examples, cap)
+        capped = replace(selection, screening=replace(selection.screening, cap_examples=cap))
         before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
         return weighed(arrivals.candidates, "uniform" if made_by == "uniform" else "examples", capped, before)
     names = {name: each for each in kept.values() for name in (each.client_id, each.source)}
@@ -125,16 +126,14 @@ def weights_of_arrivals(
     return weighed(arrivals.candidates, {name: n for name, n in weights.items() if name not in names}, selection)
 
 
-def _as_capped_before(selection: Selection, cap: float | None) -> Selection:
-    """The selection with the cap that the global adapter was made with, which is its arrivals' too."""
-    chosen = selection.screening.cap_examples
+def require_cap(chosen: str | float | None, cap: float | None) -> None:
+    """Raise `UsageError` where a cap is chosen that is not the one that the global adapter was made with."""
     if chosen is not None and (cap is None or cap_of(chosen, []) != cap):
         made = "without one" if cap is None else f"with {cap:g}"
         raise UsageError(
             f"--cap-examples is {chosen}, and the global adapter was made {made}.",
             hint="Leave --cap-examples out, or merge all clients anew without --onto.",
         )
-    return replace(selection, screening=replace(selection.screening, cap_examples=cap))
 
 
 def _same_source(client: str, ref: AdapterRef, kept: Contributions) -> Contribution | None:
