@@ -34,7 +34,8 @@ NAME = HOSTILE.replace("/", "")  # of a folder
 TEXT = re.sub(r"[\x00-\x1f\udcff]", "", HOSTILE)  # what our records accept as a text
 FINE, DOCUMENTED = 0, {0, 2, 3, 4, 5, 6, 7, 8}
 MODES = {"words": [], "json": ["--json"], "quiet": ["--quiet"], "debug": ["--debug"]}
-SLOW = {"demo": ["--base", NAME]}  # which it lacks, and so stops at
+# The demo lacks its base, and so stops at it; a watch waits for arrivals.
+SLOW = {"demo": ["--base", NAME], "watch": [HOSTILE, "--onto", NAME, "--for", "1s"]}
 
 Captured = pytest.CaptureFixture[str]
 

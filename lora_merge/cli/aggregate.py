@@ -243,7 +243,8 @@ def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
         yield "left out", ", ".join(each.source for each in ledger.left_out)
     for line in ledger.waved_through:
         yield "let in", line
-    yield "method", f"{ledger.method}, weights by {ledger.weighting}"
+    weighting = "as given" if ledger.weighting == "given" else f"by {ledger.weighting}"
+    yield "method", f"{ledger.method}, weights {weighting}"
     yield "rank", ", ".join(map(str, ledger.ranks)) or "none"
     yield from robust_rows(ledger)
     yield "certificate", ledger.certificate.sentence()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from lora_merge.checkpoint.peft_folder import READ_NAMES, Description, open_folder
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, Description, open_folder
 from lora_merge.errors import NotFoundError, one_line
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
@@ -69,6 +69,8 @@ def _has(folder: Path, name: str) -> bool:
 def _folders(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
+        if not (path / CONFIG_NAME).exists() and any(path.glob(f"*/{CONFIG_NAME}")):
+            raise NotFoundError(f"{source} is a folder of adapters, not one.", hint=f"lora-merge … '{path}/*'")
         return [path]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_dir()]
     if matches:
@@ -81,7 +83,7 @@ def _folders(source: str) -> list[Path]:
 def _suggestion(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{path.parent} is not a folder."
-    folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    folders = [entry.name for entry in path.parent.iterdir() if (entry / CONFIG_NAME).is_file()]
     near = difflib.get_close_matches(path.name.strip("*"), folders, n=3, cutoff=0.4)
     return f"Did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else ""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checkpoint.folder import scratch_folder
-from lora_merge.errors import StorageError, UsageError, one_line
+from lora_merge.errors import NetworkError, NotFoundError, StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom
 from lora_merge.sources.local import LocalRoom, is_folder, names_of
 from lora_merge.sources.parallel import Refused, for_each
@@ -69,7 +69,13 @@ class Rooms:
             UsageError: an adapter is named twice, which would count it twice.
         """
         named = [(self._room(source), str(source)) for source in sources]
-        found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
+        try:
+            found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
+        except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
+            meant = [text for room, text in named if room is not self._local and _ON_THE_HUB.fullmatch(text)]
+            if meant:
+                error.hint = f"{error.hint} Nor is there a folder here: {', '.join(meant[:5])}.".strip()
+            raise
         refs = [ref for each in found for ref in each]
         _refuse_twice(refs)
         return _with_short_names(refs)

@@ -242,6 +242,23 @@ def test_a_refused_config_is_exit_3_and_names_client_field_and_reason(run: Run, 
     assert "  b: use_qalora: QALoRA pools its input" in err
 
 
+def test_a_folder_of_adapters_and_a_mistyped_folder_are_told_apart_from_the_hub(run: Run, tmp_path: Path) -> None:
+    client(tmp_path / "clients" / "a")
+    code, _, err = run("clients", "-o", "global")
+    assert code == 4
+    assert "'clients/*'" in err
+    code, _, err = run("clientz/*", "-o", "global")
+    assert code == 5
+    assert "Nor is there a folder here: clientz/*" in err
+    assert run("clients/*", "-o", "global", "--weight", "a=2")[0] == 0
+
+
+@pytest.mark.usefixtures("two")
+def test_weights_that_were_given_are_said_to_be(run: Run) -> None:
+    out = run("a", "b", "-o", "global", "--weight", "a=1", "--weight", "b=1")[1]
+    assert "exact, weights as given" in out
+
+
 @pytest.mark.usefixtures("two")
 def test_no_match_is_exit_4_with_a_near_miss(run: Run, tmp_path: Path) -> None:
     client(tmp_path / "hospital-1")
