@@ -13,6 +13,7 @@ from lora_merge.ledger import LeftOut
 from lora_merge.screening.stops import SCREENED, Screening
 
 FLOAT_BYTES = 4
+PROCESS_BYTES = 260_000_000  # what Python and torch hold before anything is read
 COPIES = 3  # a module's factors as they are read, as they are stacked, and as they are written or factorised
 
 
@@ -41,7 +42,7 @@ class Forecast:
     """A merge that has not begun.
 
     Attributes:
-        memory: bytes, roughly, beside what Python and torch take themselves.
+        memory: bytes, roughly, of the whole process.
         left_out: what was named and would not be merged, and why.
         waved_through: what would have stopped the merge, had the user not allowed it.
     """
@@ -86,7 +87,7 @@ def forecast(
     ]
     specs = [candidate.description.specs for candidate in found.candidates.values()]
     largest = max(_bytes(each[name] for each in specs if name in each) for name in {n for each in specs for n in each})
-    memory = COPIES * largest * (workers or default_workers())
+    memory = PROCESS_BYTES + COPIES * largest * (workers or default_workers())
     return Forecast(clients, memory, found.notes, found.left_out, found.waved_through)
 
 

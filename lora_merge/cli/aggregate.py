@@ -89,7 +89,8 @@ def aggregate(
         ),
     ] = None,
     weight: Annotated[
-        list[str] | None, typer.Option(metavar="SOURCE=NUMBER", help="One client's weight; give one for each.")
+        list[str] | None,
+        typer.Option(metavar="SOURCE=NUMBER", help="One client's weight, over what a --weights FILE says."),
     ] = None,
     global_lr: Annotated[
         float | None, typer.Option(help="The global learning rate: a factor on the mean update.  [default: 1]")

@@ -55,7 +55,9 @@ def train(
     Example: lora-merge train laptop --data mine.jsonl --client-id org/client-1 --output client-1
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting(resume="The same command with --resume goes on from the last checkpoint."):
+    with out.reporting(
+        resume="The same command with --resume goes on from the last checkpoint, or anew if there is none yet."
+    ):
         from lora_merge.training.job import Job, check_job
 
         target = may_publish(out, push, private, create_pr, max_wait)  # now, and not after hours of training

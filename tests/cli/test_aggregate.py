@@ -254,6 +254,13 @@ def test_a_folder_of_adapters_and_a_mistyped_folder_are_told_apart_from_the_hub(
 
 
 @pytest.mark.usefixtures("two")
+def test_the_memory_that_a_dry_run_says_is_of_the_whole_process(run: Run) -> None:
+    said = json.loads(run("a", "b", "--dry-run", "--json")[1])["memory"]
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 0.25 * own < said < 4 * own
+
+
+@pytest.mark.usefixtures("two")
 def test_weights_that_were_given_are_said_to_be(run: Run) -> None:
     out = run("a", "b", "-o", "global", "--weight", "a=1", "--weight", "b=1")[1]
     assert "exact, weights as given" in out
