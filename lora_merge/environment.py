@@ -36,6 +36,14 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
+def device_called(name: str) -> torch.device | None:
+    """The device here that `environment` calls `name`; None where there is none of this name."""
+    if name == "cpu":
+        return torch.device("cpu")
+    found = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return next((device for device in found if torch.cuda.get_device_name(device) == name), None)
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """The facts under which the same inputs give the same bytes; no host name, no path, no clock."""
     return {

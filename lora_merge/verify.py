@@ -1,7 +1,7 @@
 """`lora-merge verify`: make a published merge again from its pinned inputs, and compare."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,10 +18,10 @@ from lora_merge.checkpoint.peft_folder import (
     file_sha256,
     open_folder,
 )
-from lora_merge.environment import environment
+from lora_merge.environment import device_called, environment
 from lora_merge.errors import NotFoundError, RefusedError
 from lora_merge.folding.replay import replay
-from lora_merge.intake import Reading, accepted
+from lora_merge.intake import Reading, accepted, examined
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock
 from lora_merge.locking import read_lock
@@ -41,6 +41,7 @@ class Verification:
         reasons: the inputs, settings or tensors that differ.
         relative_error: of the published update against the one made again; None where it was not made.
         environment: what differs between the lock's environment and this one: name to (locked, here).
+        note: where it was merged on a device that is not here and the bytes differ, what that means.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Verification:
     relative_error: float | None = None
     environment: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     inputs: int = 0
+    note: str | None = None
 
 
 def verify(
@@ -76,15 +78,30 @@ def verify(
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock = read_lock(folder / LOCK_NAME)
         named = [*_named_inputs(lock, bool(sources)), *sources]
-        with accepted(named, "uniform", reading) as inputs:
-            hashes, refs = {client: opened.sha256() for client, opened in inputs.clients.items()}, inputs.refs
-        if reasons := _other_inputs(lock, hashes):
+        refs = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
+        if reasons := _other_clients(lock, refs):
             return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
+        device = device_called(lock.environment.get("device", "cpu"))
         with scratch_folder() as scratch:
             again = scratch / "again"
             core = (folder / CORE_NAME).exists()
-            replay(lock, refs, again, core=core, base=base, workers=workers, reading=reading)
-            return _compared(str(target), folder, again, lock)
+            try:
+                on = str(device or "cpu")
+                replay(lock, refs, again, core=core, base=base, device=on, workers=workers, reading=reading)
+                hashes = {each.client_id: each.files for each in read_lock(again / LOCK_NAME).inputs}
+            except RefusedError:
+                if not (reasons := _other_inputs(lock, _hashes(named, reading))):
+                    raise
+            else:
+                reasons = _other_inputs(lock, hashes)
+            if reasons:
+                return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
+            return _compared(str(target), folder, again, lock, device)
+
+
+def _hashes(named: Sequence[str | Path], reading: Reading) -> dict[str, Mapping[str, str]]:
+    with accepted(named, "uniform", reading) as inputs:
+        return {client: opened.sha256() for client, opened in inputs.clients.items()}
 
 
 def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
@@ -100,12 +117,18 @@ def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
     return found
 
 
+def _other_clients(lock: Lock, found: Collection[str]) -> list[str]:
+    """The clients that are not in the lock; raises `NotFoundError` where one that is was not found."""
+    locked = {entry.client_id for entry in lock.inputs}
+    if lost := sorted(locked.difference(found)):
+        raise NotFoundError(f"These inputs of the lock were not found: {', '.join(lost)}.")
+    return [f"input {client} is not in the lock" for client in sorted(set(found) - locked)]
+
+
 def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[str]:
     """The inputs that are not what the lock says."""
     locked = {entry.client_id: entry.files for entry in lock.inputs}
-    if lost := sorted(locked.keys() - hashes.keys()):
-        raise NotFoundError(f"These inputs of the lock were not found: {', '.join(lost)}.")
-    reasons = [f"input {client} is not in the lock" for client in sorted(hashes.keys() - locked.keys())]
+    reasons = []
     for client in sorted(locked.keys() & hashes.keys()):
         for name in sorted(locked[client].keys() | hashes[client].keys()):
             here, then = hashes[client].get(name), locked[client].get(name)
@@ -114,8 +137,10 @@ def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[s
     return reasons
 
 
-def _compared(target: str, published: Path, again: Path, lock: Lock) -> Verification:
-    here = environment(torch.device("cpu"))
+def _compared(target: str, published: Path, again: Path, lock: Lock, device: torch.device | None) -> Verification:
+    """What differs; `device` is the one that the lock names, None where it is not here."""
+    here = environment(device or torch.device("cpu"))
+    note = None if device else f"merged on {lock.environment['device']}, here on the CPU: equivalent at best"
     apart = {
         name: (lock.environment.get(name, ""), here.get(name, ""))
         for name in sorted(lock.environment.keys() | here.keys())
@@ -128,7 +153,7 @@ def _compared(target: str, published: Path, again: Path, lock: Lock) -> Verifica
     error, tensors = _distance(again, published)
     verdict: Verdict = "equivalent" if error <= EQUIVALENT and apart and not reasons else "different"
     reasons += [f"{CORE_NAME} is another one"] if other == [CORE_NAME] else []
-    return Verification(target, verdict, [*reasons, *tensors], error, apart, len(lock.inputs))
+    return Verification(target, verdict, [*reasons, *tensors], error, apart, len(lock.inputs), note)
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lora_merge import aggregate
+from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import NotFoundError, RefusedError, VerificationError
 from lora_merge.lock import FILE_NAME, Lock, LockError
 from lora_merge.locking import read_lock, write_lock
@@ -64,6 +65,28 @@ def test_a_last_bit_is_equivalent_only_where_the_environment_is_another_one(merg
     assert found.relative_error is not None
     assert 0 < found.relative_error <= 1e-6
     assert list(found.environment) == ["torch"]
+
+
+def test_what_was_merged_on_a_device_that_is_not_here_is_equivalent_at_best(merged: Path, plain: Folders) -> None:
+    flip_a_bit(merged / "adapter_model.safetensors", at=-4)
+    changed_lock(merged, lambda lock: replace(lock, environment={**lock.environment, "device": "Another 9000"}))
+    found = verify(merged, plain)
+    assert found.verdict == "equivalent"
+    assert found.note == "merged on Another 9000, here on the CPU: equivalent at best"
+    assert found.environment == {"device": ("Another 9000", "cpu")}
+
+
+def test_the_inputs_are_hashed_once(merged: Path, plain: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    known = PeftFolder.sha256
+
+    def counted(folder: PeftFolder) -> dict[str, str]:
+        hashed.append(folder.folder)
+        return known(folder)
+
+    monkeypatch.setattr(PeftFolder, "sha256", counted)
+    assert verify(merged, plain).verdict == "identical"
+    assert sorted(hashed) == sorted(map(Path, plain))
 
 
 def test_a_changed_setting_is_found_and_named(merged: Path, plain: Folders) -> None:

@@ -65,6 +65,8 @@ def _rows(found: "Verification") -> Iterator[tuple[str, Any]]:
     yield "merge", f"{found.target}, of {found.inputs} inputs"
     if found.relative_error:
         yield "relative error", f"{found.relative_error:.1e}"
+    if found.note:
+        yield "device", found.note
     for name, (then, here) in found.environment.items():
         yield "environment", f"{name} was {then}, here {here}"
     for reason in found.reasons[:SHOWN]:

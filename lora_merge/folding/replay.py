@@ -18,10 +18,14 @@ def replay(
     *,
     core: bool,
     base: str | Path | None,
+    device: str,
     workers: int | None,
     reading: Reading,
 ) -> None:
-    """Merge the lock's inputs, which lie at `refs` by client id, into the folder `target`; with a `core` or without."""
+    """Merge the lock's inputs, which lie at `refs` by client id, into the folder `target`; with a `core` or without.
+
+    Nothing is screened: whoever is in was let in.
+    """
     first, *later = lock.folded or [[entry.client_id for entry in lock.inputs]]
     n = {entry.client_id: entry.weight for entry in lock.inputs}
     sources = {client: _source(ref) for client, ref in refs.items()}
@@ -44,6 +48,7 @@ def replay(
         global_lr=lock.global_lr,
         base=base,
         dtype=lock.dtype,
+        device=device,
         certificate="off",
         workers=workers,
         core=core,
@@ -54,7 +59,7 @@ def replay(
     )
     for group in later:
         named, given = of(group)
-        how = How({}, given, base, certificate="off", workers=workers)
+        how = How({}, given, base, device, certificate="off", workers=workers)
         fold_folder(named, Located(target, str(target)), target, (), how, reading)
 
 
