@@ -70,7 +70,7 @@ class Certificate:
 
     Attributes:
         measured_by: `exact` (from factors, fp64), `probes` (an estimate), `exact and probes`, `off`, or `bound`: what
-            folding guarantees, without a number where that is above 1.
+            folding guarantees, without a number where that is above 1 or not known.
         whole: {"relative_error": …, "standard_error": …}; None where nothing was measured.
         modules: the same by module name.
         not_measured: tensors trained whole, whose update has no size without the base.
@@ -86,9 +86,7 @@ class Certificate:
     def sentence(self) -> str:
         """The certificate in a line."""
         if self.measured_by == "bound":
-            return (
-                f"relative error at most {_error(self.whole)}" if self.whole else "no guarantee (the bound is above 1)"
-            )
+            return f"relative error at most {_error(self.whole)}" if self.whole else "no guarantee (no bound below 1)"
         if self.whole is None:
             return "not measured"
         return f"relative error {_error(self.whole)}" + (" (an estimate)" if "standard_error" in self.whole else "")

@@ -1,17 +1,18 @@
 """Folding a mean: one stand-in for all clients so far, whose example count is the sum of theirs, and the arrivals.
 
 For svd it is the core, which has lost a little, so a bound is kept of how much; for fedavg and ffa it is the adapter
-itself. All arrivals of one command are folded together; what is in a mean cannot be taken out of it.
+itself, whose own certificate says how much it lacks. An svd without a core stands for itself too, where its clients'
+files are gone. All arrivals of one command are folded together; what is in a mean cannot be taken out of it.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lora_merge.adapter import Client, Factors, FactorsSpec, Spec
-from lora_merge.checkpoint.core_file import StoredCore
+from lora_merge.aggregation.gram import squared_norm
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.merge import Measured
 from lora_merge.checkpoint.peft_folder import PeftFolder
@@ -21,6 +22,9 @@ from lora_merge.kept import unpacked
 from lora_merge.ledger import Certificate
 
 STAND_IN = "all before"
+NO_CORE = "the global adapter was made without a core that arrivals can be folded into"
+FEW_DIGITS = 1.005  # a certificate has three, rounded to the nearest
+FP32 = 1e-6  # of the norm: what products and sums in fp32 may be off
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapp
     if any(each.block_ranks is None or each.claims is None for each in ledger.contributions):
         return "the global adapter's ledger does not tell who trained which module"
     if ledger.method == "svd":
-        return None if before.core else "the global adapter was made without a core that arrivals can be folded into"
+        return None if before.core else NO_CORE
     return None if ledger.dtype == "fp32" else f"a mean is not kept in {ledger.dtype}"
 
 
@@ -82,26 +86,52 @@ def _n_by_module(before: GlobalAdapter) -> dict[str, float]:
     return {name: sum(c.weight for c in before.ledger.contributions if ranks[c.client_id][name]) for name in modules}
 
 
-def bound(measured: Iterable[Measured], core: StoredCore, federation: Federation) -> Certificate:
-    """How far the result can be from the mean of all clients, though most of them are known by the core only.
+def bound(measured: Sequence[Measured], before: GlobalAdapter, federation: Federation) -> Certificate:
+    """How far the result can be from the mean of all clients, though most of them are known by a stand-in only.
 
-    |W - M| <= |W - M'| + d and |M| >= |M'| - d, where M' is the mean with the core in the place of its clients and d
-    the norm of what the core has lost, at the scale of the mean.
+    |W - M| <= |W - M'| + d and |M| >= |M'| - d, where M' is the mean with the stand-in in the place of its clients and
+    d the norm of what the stand-in lacks of them, at the scale of the mean.
     """
-    scale = federation.alpha / federation.total
+    if any(module.error is None for module in measured):
+        return Certificate("off")
+    scale, lacks = federation.alpha / federation.total, _lacking(before)
     parts: dict[str, tuple[float, float]] = {}
     for module in measured:
-        if module.error is None:
-            return Certificate("off")
-        lost = scale * core.dropped(module.name)
+        assert module.error is not None
         error, norm = math.sqrt(module.error.error), math.sqrt(module.error.norm)
+        lost = scale * lacks.get(module.name, 0.0) + FP32 * norm
         parts[module.name] = (error + lost, max(norm - lost, 0.0))
     modules = {name: found for name, part in parts.items() if (found := _guarantee([part]))}
     return Certificate("bound", _guarantee(parts.values()), modules)
 
 
+def _lacking(before: GlobalAdapter) -> Mapping[str, float]:
+    """By module a bound on |stand-in - sum of n s B A| of the clients so far; infinite where nothing is known of it."""
+    if before.core:
+        return {name: before.core.dropped(name) for name in before.core.modules}
+    total = before.ledger.total_weight / before.ledger.global_lr
+    return {name: total * _missed(before, name) for name in before.folder.specs}
+
+
+def _missed(before: GlobalAdapter, name: str) -> float:
+    """A bound on |W - M| of a module, from the certificate's e = |W - M| / |M| and |M| <= |W| / (1 - e)."""
+    certificate, update = before.ledger.certificate, before.folder[name]
+    assert isinstance(update, Factors)
+    norm = math.sqrt(max(squared_norm(update), 0.0))
+    if certificate.measured_by == "exact" and name not in certificate.modules:
+        return norm  # M is zero, which nothing is relative to
+    found = certificate.modules.get(name, {"relative_error": math.inf})
+    error = FEW_DIGITS * found["relative_error"]
+    if certificate.measured_by not in ("exact", "bound") or error >= 1:
+        return math.inf  # not measured, or an estimate, or of no use
+    return error / (1 - error) * norm
+
+
 def _guarantee(parts: Iterable[tuple[float, float]]) -> dict[str, float] | None:
-    """The bound as a relative error; None where it is above 1 and says nothing."""
+    """The bound as a relative error, rounded up; None where it is above 1 and says nothing."""
     errors, norms = zip(*parts, strict=True)
     error, norm = math.hypot(*errors), math.hypot(*norms)
-    return {"relative_error": float(f"{error / norm:.3g}")} if error <= norm and norm else None
+    if not norm or error > norm:
+        return None
+    digits = 2 - math.floor(math.log10(error / norm))
+    return {"relative_error": float(f"{math.ceil(error / norm * 10**digits) / 10**digits:.3g}")}

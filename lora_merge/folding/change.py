@@ -1,9 +1,10 @@
 """What a fold changes in a global adapter, and the merge that makes it: of stored blocks, or of all files again."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -13,7 +14,7 @@ from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import claim_problems
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description, PeftFolder
-from lora_merge.errors import RefusedError, UsageError
+from lora_merge.errors import NotFoundError, RefusedError, UsageError
 from lora_merge.folding import by_blocks, by_mean
 from lora_merge.folding.arrivals import Arrivals
 from lora_merge.folding.global_adapter import GlobalAdapter
@@ -23,6 +24,8 @@ from lora_merge.kept import claims_of, packed, ranks_of, unpacked
 from lora_merge.ledger import Contribution
 from lora_merge.provenance import contributions_of
 from lora_merge.sources.rooms import Rooms
+
+_Merge: TypeAlias = Callable[[GlobalAdapter, Mapping[str, PeftFolder], Mapping[str, float], torch.device], Federation]
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class Parts:
         clients: everybody's claims, by id, sorted.
         stay: the contributions that stay, by what is known of them now.
         again: why all files were read again; None where the global adapter itself did.
+        note: what the user should know of how it was done.
     """
 
     federation: Federation
     clients: Mapping[str, Description]
     stay: Mapping[str, Contribution]
     again: str | None = None
+    note: str | None = None
 
 
 def change_of(before: GlobalAdapter, arrivals: Arrivals, weights: Mapping[str, float], withdrawn: set[str]) -> Change:
@@ -76,9 +81,19 @@ def change_of(before: GlobalAdapter, arrivals: Arrivals, weights: Mapping[str, f
 
 @contextmanager
 def parts_of(
-    change: Change, rooms: Rooms, base: str | Path | None, device: torch.device, reading: Reading
+    change: Change,
+    rooms: Rooms,
+    base: str | Path | None,
+    device: torch.device,
+    reading: Reading,
+    *,
+    pinned: bool = True,
 ) -> Iterator[Parts]:
     """What to merge for a change: stored blocks beside arrivals, or all clients' files, read again.
+
+    Args:
+        pinned: read the clients' files again where a truncated mean has no core; else, and where they are gone, it
+            stands for them itself.
 
     Raises:
         NotFoundError: some client's files are needed, and are gone.
@@ -89,20 +104,36 @@ def parts_of(
     _refuse(clients, [*_stored(change, device), *(Client(client, 1.0, folder) for client, folder in new.items())])
     in_blocks = METHODS[before.ledger.method].folds == "blocks"
     why = (by_blocks if in_blocks else by_mean).obstacle(before, new, change.weights)
-    if why is None:
-        merge = by_blocks.stacked if in_blocks else by_mean.with_stand_in
-        federation = merge(before, new, change.weights, device)
-        modules = ranks_of(before.folder)
-        ranks = {client: unpacked(each.block_ranks or {}, modules) for client, each in change.stay.items()}
-        yield Parts(federation, clients, _known(change.stay, ranks, federation))
+    if why is None or (why == by_mean.NO_CORE and not pinned):
+        yield _by_itself(change, clients, by_blocks.stacked if in_blocks else by_mean.with_stand_in, device)
         return
-    with reopened(rooms, list(change.stay.values()), change.arrivals.known, reading, why) as files:
+    with ExitStack() as stack:
+        at_hand = change.arrivals.known
+        try:
+            files = stack.enter_context(reopened(rooms, list(change.stay.values()), at_hand, reading, why))
+        except NotFoundError as error:
+            if why != by_mean.NO_CORE:
+                raise
+            note = (
+                f"The truncated mean stands for those before itself; their files are not all there: {error.__cause__}"
+            )
+            yield replace(_by_itself(change, clients, by_mean.with_stand_in, device), note=note)
+            return
         folders: dict[str, PeftFolder] = {client: new.get(client) or files[client] for client in change.weights}
         _refuse(folders, [Client(client, 1.0, folder) for client, folder in folders.items()])
         federation = federation_of(Accepted(folders, {}, change.weights, ()), before.ledger.global_lr, base, device)
         ranks = {client: ranks_of(folders[client]) if each.weight else {} for client, each in change.stay.items()}
         stay = {client: replace(each, claims=claims_of(folders[client])) for client, each in change.stay.items()}
         yield Parts(federation, folders, _known(stay, ranks, federation), why)
+
+
+def _by_itself(change: Change, clients: Mapping[str, Description], merge: _Merge, device: torch.device) -> Parts:
+    """What is merged where the global adapter stands for those who stay."""
+    before = change.before
+    federation = merge(before, change.arrivals.new, change.weights, device)
+    modules = ranks_of(before.folder)
+    ranks = {client: unpacked(each.block_ranks or {}, modules) for client, each in change.stay.items()}
+    return Parts(federation, clients, _known(change.stay, ranks, federation))
 
 
 def contributions_after(change: Change, parts: Parts) -> list[Contribution]:

@@ -25,7 +25,7 @@ from lora_merge.folding.change import Change, Parts, change_of, contributions_af
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
 from lora_merge.folding.late import screened, with_screening
 from lora_merge.intake import UNSCREENED, Reading
-from lora_merge.ledger import Certificate, Ledger, LeftOut
+from lora_merge.ledger import Ledger, LeftOut
 from lora_merge.lock import Lock
 from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
@@ -95,6 +95,7 @@ class How:
     certificate: CertificateMode | None = None
     workers: int | None = None
     screening: Screening | None = None
+    pinned: bool = True  # where a truncated mean has no core, read its clients' files again, if they are there
 
 
 def fold_folder(
@@ -126,7 +127,7 @@ def fold_folder(
             change = change_of(before, arrivals, weighed.n, gone)
             record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
             device = device_named(how.device)
-            with parts_of(change, rooms, how.base, device, reading) as parts:
+            with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
                 ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
             return Fold(
                 output=target,
@@ -136,7 +137,7 @@ def fold_folder(
                 withdrawn=change.withdrawn,
                 again=parts.again,
                 warnings=[
-                    *(*rooms.notes, *selection.notes),
+                    *(*rooms.notes, *selection.notes, *([parts.note] if parts.note else [])),
                     *(*claim_warnings(parts.clients), *found.warnings, *rank_warnings(ledger)),
                 ],
                 left_out=sorted(selection.left_out),
@@ -205,6 +206,8 @@ def _write(
     before, federation = change.before, parts.federation
     if settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "blocks":
         settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
+    elif settings.certificate != "off" and parts.again is None and METHODS[settings.method].folds == "mean":
+        settings = replace(settings, certificate="exact")  # an estimate would make no bound
     with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True) as work:
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
@@ -212,7 +215,7 @@ def _write(
         ledger = record(ledger_of(federation, lock, contributions, measured, settings, before.name()), before.ledger)
         if METHODS[settings.method].folds == "mean":
             ledger, lock = _folded(ledger, lock, change, parts, measured)
-        if settings.method == "svd":
+        if settings.method == "svd" and (parts.again or before.core):
             write_core(federation, settings.options, work / CORE_NAME, None if parts.again else before.core, threads)
         write_records(work, ledger, lock, parts.clients, merges)
         require_same_files({**change.arrivals.new, before.place: before.folder})
@@ -230,9 +233,9 @@ def _folded(
         return ledger, lock
     before = change.before
     lock = replace(lock, folded=[*(before.lock.folded or [list(before.contributions)]), list(change.arrivals.new)])
-    if before.core:
-        return replace(ledger, certificate=bound(measured, before.core, parts.federation)), lock
-    return (ledger if lock.method == "ffa" else replace(ledger, certificate=Certificate("off"))), lock
+    if lock.method == "ffa":
+        return ledger, lock  # a sum loses nothing
+    return replace(ledger, certificate=bound(measured, before, parts.federation)), lock
 
 
 def _require_as_read(before: GlobalAdapter) -> None:

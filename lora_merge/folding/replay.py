@@ -59,7 +59,7 @@ def replay(
     )
     for group in later:
         named, given = of(group)
-        how = How({}, given, base, device, certificate="off", workers=workers)
+        how = How({}, given, base, device, certificate="off", workers=workers, pinned=False)
         fold_folder(named, Located(target, str(target)), target, (), how, reading)
 
 
