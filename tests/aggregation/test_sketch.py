@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_merge.adapter import Adapter, Factors, Spec, spec_of
-from lora_merge.aggregation.sketch import Sketched, cosines, sketch_of
+from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks, sketch_of, sketches_of_blocks
 
 
 class Plain(dict[str, Factors]):
@@ -92,3 +92,21 @@ def test_what_is_read_twice_is_sketched_once() -> None:
     before = adapter.sketches["one"]
     assert adapter["one"].r == 3  # type: ignore[union-attr]
     assert adapter.sketches["one"] is before
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_updates_that_lie_side_by_side_have_the_sketches_that_each_has_alone(blocks: int) -> None:
+    parts = [replace(update(seed, blocks=blocks, r=r), scaling=1.0) for seed, r in enumerate((1, 3, 2))]
+    B, A = torch.cat([each.B for each in parts], dim=2), torch.cat([each.A for each in parts], dim=1)
+    found = sketches_of_blocks(Factors(B, A, 1.0), [0, 1, 4, 4, 6])  # the third client has nothing here
+    alone = [sketch_of(each).values for each in parts]
+    nothing = torch.zeros_like(alone[0])
+    torch.testing.assert_close(found, torch.stack([*alone[:2], nothing, alone[2]]), rtol=1e-4, atol=1e-4)
+
+
+def test_an_update_is_held_against_each_of_those_that_are_stored() -> None:
+    stored = [replace(update(seed), scaling=1.0) for seed in range(4)]
+    rows = {"layer": torch.stack([sketch_of(each).values for each in stored])}
+    copy, other = sketched(Plain(layer=stored[2])), sketched(Plain(layer=update(9)))
+    found = cosines_to_blocks({"copy": copy, "other": other}, ["a", "b", "c", "d"], rows, above=0.99)
+    assert found == {("c", "copy"): pytest.approx(1)}
