@@ -4,7 +4,7 @@
 
 A byte-level Llama is trained here on Python's help texts, then ten LoRA clients on the code of a package each; up to
 three of them are hostile. Every merge is `lora_merge.aggregate` of PEFT folders, in TMPDIR; every figure is from PEFT's
-forward pass.
+forward pass. No attacker here adapts to the rule: what a rule stops in this table, it does not stop for certain.
 """
 
 import argparse
