@@ -105,7 +105,16 @@ def require_documented(code: int, captured: Any, mode: str) -> None:
     assert code in DOCUMENTED, captured.err
     assert mode == "debug" or "Traceback" not in captured.err
     if mode == "json" and captured.out:
-        assert json.loads(captured.out)["schema_version"] == 1
+        require_json(captured.out)
+
+
+def require_json(text: str) -> None:
+    """One object, or one a line; of our schema."""
+    try:
+        objects = [json.loads(text)]
+    except json.JSONDecodeError:
+        objects = [json.loads(line) for line in text.splitlines()]
+    assert [each["schema_version"] for each in objects] == [1] * len(objects)
 
 
 def flags(command: Any, mode: str) -> list[str] | None:
@@ -283,7 +292,11 @@ def test_a_full_standard_output_is_exit_7_in_a_sentence(options: list[str], unbu
     assert ran.stderr == "error: The result could not be written to standard output: No space left on device.\n"
 
 
-@pytest.mark.parametrize("words", [["recipes", "list"], ["--help"], ["--version"], ["recipes", "list", "--json"]])
+@pytest.mark.parametrize(
+    "words",
+    [["recipes", "list"], ["--help"], ["--version"], ["recipes", "list", "--json"], ["aggregate", "--help"]],
+    ids=" ".join,
+)
 def test_a_pipe_that_nobody_reads_is_exit_7_without_a_traceback(words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -294,6 +307,16 @@ def test_a_pipe_that_nobody_reads_is_exit_7_without_a_traceback(words: list[str]
     assert ran.returncode == 7
     assert "Traceback" not in ran.stderr
     assert "Exception ignored" not in ran.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_first_lines_of_a_help_end_without_a_traceback_or_an_exit_of_1(unbuffered: str) -> None:
+    command = f"{sys.executable} -m lora_merge aggregate --help | head -2; exit ${{PIPESTATUS[0]}}"
+    told = environment(PYTHONUNBUFFERED=unbuffered)
+    ran = subprocess.run(["bash", "-c", command], env=told, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.stdout.startswith("Usage: lora-merge aggregate")
+    assert ran.returncode in (0, 7)  # as the help is written before or after head has gone
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])
