@@ -220,7 +220,7 @@ def test_options_that_contradict_the_global_are_refused(
 
 def test_methods_that_need_all_clients_at_once_are_refused(thin_clients: list[Path], tmp_path: Path) -> None:
     for options in ({"method": "ties"}, {"method": "svd"}, {"method": "svd", "rank": "auto"}):
-        with pytest.raises(UsageError, match="all clients at once|fixed --rank"):
+        with pytest.raises(UsageError, match=r"all clients at once|fixed --rank"):
             fold(thin_clients, tmp_path / "global", **options)
     aggregate(thin_clients, tmp_path / "ties", method="ties", screening=None)
     with pytest.raises(UsageError, match="cannot be folded"):
