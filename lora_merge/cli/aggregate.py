@@ -4,14 +4,14 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_merge.cli.forecast import show_forecast
-from lora_merge.cli.onto import OntoOption, WithdrawOption, run_fold
+from lora_merge.cli.onto import OntoOption, WithdrawOption, run_fold, show_plan
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import (
     CreatePrOption,
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
     from lora_merge.ledger import Ledger
     from lora_merge.pipeline import Aggregation
+
+
+MANY_RANKS = 4
 
 
 def aggregate(
@@ -167,8 +170,11 @@ def aggregate(
             **rules_of(clip, robust, of["byzantine"], of["trim"], of["density"], seed, onto=onto),
         }
         if onto is not None:
-            _require_no_lock(lock, locked, dry_run)
+            _require_no_lock(lock, locked)
             options["withdraw"] = withdraw or []
+            if dry_run:
+                show_plan(out, named, onto, options)
+                return
             run_fold(out, named, onto, output, options, publish_to=(push, private, create_pr), rows=_record_rows)
             return
         if withdraw:
@@ -205,8 +211,8 @@ def _named(sources: list[str]) -> Iterator[str]:
         yield from lines
 
 
-def _require_no_lock(lock: Path | None, locked: bool, dry_run: bool) -> None:
-    for name, given in (("--lock", lock), ("--locked", locked), ("--dry-run", dry_run)):
+def _require_no_lock(lock: Path | None, locked: bool) -> None:
+    for name, given in (("--lock", lock), ("--locked", locked)):
         if given:
             hint = "The global adapter's own lock pins who is in it; arrivals are pinned as they come in."
             raise UsageError(f"{name} does not go with --onto.", hint=hint)
@@ -214,6 +220,13 @@ def _require_no_lock(lock: Path | None, locked: bool, dry_run: bool) -> None:
 
 def _rank(rank: str | None) -> Any:
     return int(rank) if rank is not None and re.fullmatch("[0-9]{1,9}", rank) else rank
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Those of all modules: a few by name, many as a range."""
+    if len(ranks) > MANY_RANKS:
+        return f"{min(ranks)} to {max(ranks)}, by module"
+    return ", ".join(map(str, ranks)) or "none"
 
 
 def _as_json(result: "Aggregation", seconds: float) -> dict[str, Any]:
@@ -246,7 +259,7 @@ def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
         yield "let in", line
     weighting = "as given" if ledger.weighting == "given" else f"by {ledger.weighting}"
     yield "method", f"{ledger.method}, weights {weighting}"
-    yield "rank", ", ".join(map(str, ledger.ranks)) or "none"
+    yield "rank", _ranks(ledger.ranks)
     yield from robust_rows(ledger)
     yield "certificate", ledger.certificate.sentence()
     if ledger.certificate.not_measured:

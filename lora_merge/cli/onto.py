@@ -9,12 +9,13 @@ import typer
 
 from lora_merge.cli.output import Output, plain
 from lora_merge.cli.push import may_publish, publish_result, push_record, push_summary
+from lora_merge.cli.sizes import size_text
 from lora_merge.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lora_merge.folding.onto import Fold
+    from lora_merge.folding.onto import Fold, FoldPlan
     from lora_merge.ledger import Ledger
 
 OntoOption = Annotated[
@@ -61,6 +62,44 @@ def run_fold(
     record = _as_json(result, seconds) | push_record(pushed)
     made = pushed.published.commit if pushed and not output else str(result.output)
     out.result(record, made=made, show=lambda: _table(result, seconds, rows, push_summary(pushed)))
+
+
+def show_plan(out: Output, sources: list[str], onto: str, options: Mapping[str, Any]) -> None:
+    """Print what a fold would do; nothing is written. `options` are those of `lora_merge.folding.onto.fold`."""
+    from dataclasses import asdict
+
+    from lora_merge.folding.onto import plan
+
+    unread = ("base", "device", "certificate", "workers", "force")  # of the merge itself
+    found = plan(sources, onto, tell=out.say, **{name: value for name, value in options.items() if name not in unread})
+    for warning in found.warnings:
+        out.warn(warning)
+    out.result(asdict(found), made=[*found.added, *found.replaced], show=lambda: _plan_table(found))
+
+
+def _plan_table(found: "FoldPlan") -> "Table":
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("onto", plain(found.onto))
+    for title, clients in (
+        ("in already", found.known),
+        ("to withdraw", found.withdrawn),
+        ("to replace", found.replaced),
+    ):
+        if clients:
+            table.add_row(title, plain(", ".join(clients)))
+    if found.weights:
+        new = (f"{client} (weight {n:g})" for client, n in found.weights.items() if client not in found.replaced)
+        table.add_row("to add", plain(", ".join(new) or "nobody"))
+    if not (found.weights or found.withdrawn):
+        table.add_row("nothing new", "nothing would be written")
+    else:
+        table.add_row("how", plain(f"all files again: {found.again}" if found.again else "by what is stored"))
+    if found.gone:
+        table.add_row("not there", plain(found.gone))
+    table.add_row("to download", size_text(found.to_download))
+    return table
 
 
 def _as_json(result: "Fold", seconds: float) -> dict[str, Any]:

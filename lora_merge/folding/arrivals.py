@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_merge.aggregation.weights import Weights
-from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.peft_folder import PeftFolder, open_folder
 from lora_merge.errors import NotFoundError, Problem, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
-from lora_merge.screening.selection import Selection
+from lora_merge.screening.selection import Selection, is_folder
 from lora_merge.screening.stops import cap_of
 from lora_merge.screening.weighing import Weighed, cap_in, weighed
 from lora_merge.sources.reference import AdapterRef, Candidate
@@ -50,16 +50,7 @@ def arriving(
     Raises:
         RefusedError: with every problem of every adapter, such as an id that is in from somewhere else.
     """
-    at_commit = {(each.source, each.commit) for each in kept.values() if each.commit}
-    others = [ref for ref in refs if (ref.source, ref.commit) not in at_commit]
-    names = [name for each in kept.values() for name in (each.client_id, each.source)]
-    candidates = candidates_of(rooms, others, selection, names)
-    before = {client: _same_source(client, candidate.ref, kept) for client, candidate in candidates.items()}
-    for client, candidate in list(candidates.items()):
-        if problems := list(_claims(client, candidate.ref, before[client], kept)):
-            selection.refuse(candidate.ref, problems, client)
-            del candidates[client]
-    selection.require(len(candidates))
+    candidates, before = _candidates(rooms, refs, kept, selection)
     opened: dict[str, PeftFolder] = {}
     try:
         open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
@@ -75,6 +66,52 @@ def arriving(
     finally:
         for folder in opened.values():
             folder.close()
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the sources bring, as far as that shows without reading what is not on this machine."""
+
+    new: Mapping[str, Candidate]
+    replaces: Mapping[str, str]
+    known: frozenset[str]
+
+
+def listed_arrivals(rooms: Rooms, refs: Sequence[AdapterRef], kept: Contributions, selection: Selection) -> Listed:
+    """What `arriving` would find; of URLs, which have no commits, that they may be new."""
+    candidates, before = _candidates(rooms, refs, kept, selection)
+    known = {client for client, old in before.items() if old and _lies_here_as(client, old, candidates[client].ref)}
+    sources = {(ref.source, ref.commit) for ref in refs}
+    known |= {client for client, each in kept.items() if each.commit and (each.source, each.commit) in sources}
+    new = {client: candidate for client, candidate in candidates.items() if client not in known}
+    return Listed(new, {client: old.client_id for client in new if (old := before[client])}, frozenset(known))
+
+
+def _lies_here_as(client: str, old: Contribution, ref: AdapterRef) -> bool:
+    if not is_folder(ref):
+        return False
+    folder = open_folder(Path(ref.place))
+    try:
+        return _is_same(client, old, folder.sha256())
+    finally:
+        folder.close()
+
+
+def _candidates(
+    rooms: Rooms, refs: Sequence[AdapterRef], kept: Contributions, selection: Selection
+) -> tuple[dict[str, Candidate], dict[str, Contribution | None]]:
+    """The adapters that may be new, by client id, and the contribution that came from where each is."""
+    at_commit = {(each.source, each.commit) for each in kept.values() if each.commit}
+    others = [ref for ref in refs if (ref.source, ref.commit) not in at_commit]
+    names = [name for each in kept.values() for name in (each.client_id, each.source)]
+    candidates = candidates_of(rooms, others, selection, names)
+    before = {client: _same_source(client, candidate.ref, kept) for client, candidate in candidates.items()}
+    for client, candidate in list(candidates.items()):
+        if problems := list(_claims(client, candidate.ref, before[client], kept)):
+            selection.refuse(candidate.ref, problems, client)
+            del candidates[client]
+    selection.require(len(candidates))
+    return candidates, {client: before[client] for client in candidates}
 
 
 def withdrawn(names: Sequence[str], contributions: Contributions, place: str) -> set[str]:

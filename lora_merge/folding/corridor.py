@@ -113,7 +113,7 @@ def fold_folder(
         open_rooms(reading.max_wait, reading.tell) as rooms,
         opened_global(onto.folder, onto.place, onto.commit) as before,
     ):
-        settings = _settings(before.ledger, how)
+        settings = settings_of(before.ledger, how)
         gone = withdrawn(withdraw, before.contributions, onto.place)
         stay = {client: each for client, each in before.contributions.items() if client not in gone}
         selection = Selection(how.screening or UNSCREENED, others=len(stay))
@@ -248,7 +248,7 @@ def _require_as_read(before: GlobalAdapter) -> None:
         raise ConflictError(f"{before.place} was changed by somebody else in the meantime.", hint=_AGAIN)
 
 
-def _settings(ledger: Ledger, how: How) -> Settings:
+def settings_of(ledger: Ledger, how: How) -> Settings:
     """How the global adapter was made, which is how its arrivals are merged.
 
     Raises:

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers, scratch_folder
 from lora_merge.checkpoint.merge import CertificateMode
 from lora_merge.checkpoint.overwriting import require_apart
-from lora_merge.errors import UsageError, one_line
+from lora_merge.errors import NotFoundError, UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
+from lora_merge.folding.plan import FoldPlan, plan_of
 from lora_merge.intake import Reading
 from lora_merge.options import require_sound
 from lora_merge.screening.stops import SCREENED, Screening
@@ -19,7 +21,7 @@ from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import MAX_WAIT, open_rooms
 
-__all__ = ["Fold", "fold"]
+__all__ = ["Fold", "FoldPlan", "fold", "plan"]
 
 
 def fold(
@@ -86,6 +88,33 @@ def fold(
     with scratch_folder() as scratch:
         made = fold_folder(sources, located, scratch / "global", withdraw, how, reading)
         return _published(made, located, private, reading) if made.changed else made
+
+
+def plan(
+    sources: Sequence[str | Path],
+    onto: str | Path,
+    *,
+    withdraw: Sequence[str] = (),
+    weights: Weights | None = None,
+    screening: Screening | None = SCREENED,
+    max_wait: float = MAX_WAIT,
+    tell: Tell = lambda line: None,
+    **chosen: Any,
+) -> FoldPlan:
+    """What `fold` of the same arguments would do; nothing is written.
+
+    Args:
+        chosen: method, rank, energy, global_lr, dtype, as of `fold`.
+
+    Raises:
+        NotFoundError: there is no global adapter yet; and what `fold` raises before it reads weights.
+    """
+    reading = Reading(max_wait, tell)
+    located = _located(onto, reading)
+    if located.folder is None:
+        hint = "For what its first merge would read: the same command without --onto."
+        raise NotFoundError(f"There is no global adapter {located.place} yet.", hint=hint)
+    return plan_of(sources, located, withdraw, How(chosen, weights, screening=screening), reading)
 
 
 def _is_repository(located: Located) -> bool:

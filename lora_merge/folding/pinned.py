@@ -7,6 +7,7 @@ from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_fo
 from lora_merge.errors import NotFoundError, RefusedError
 from lora_merge.intake import Reading
 from lora_merge.ledger import Contribution
+from lora_merge.sources.reference import Candidate
 from lora_merge.sources.rooms import Rooms
 
 
@@ -33,10 +34,7 @@ def reopened(
 def _fetched(
     rooms: Rooms, missing: Sequence[Contribution], reading: Reading, stack: ExitStack
 ) -> Iterator[tuple[Contribution, PeftFolder]]:
-    if lost := [each.source for each in missing if not each.commit and "://" not in each.source]:
-        raise NotFoundError(f"Folders are known by their hashes and not by their paths: {', '.join(lost[:5])}.")
-    named = [f"hf://{each.source}@{each.commit}" if each.commit else each.source for each in missing]
-    candidates = rooms.examine(rooms.expand(named)) if named else []
+    candidates = candidates_again(rooms, missing)
     folders = rooms.fetch(candidates, reading.progress)
     for each, path in zip(missing, folders, strict=True):
         try:
@@ -47,6 +45,14 @@ def _fetched(
         if folder.sha256() != dict(each.sha256):
             raise NotFoundError(f"{each.source} is not what went in: its files' hashes are others.")
         yield each, folder
+
+
+def candidates_again(rooms: Rooms, missing: Sequence[Contribution]) -> list[Candidate]:
+    """The adapters that went in, at their commits; raises `NotFoundError` where one cannot be found by its source."""
+    if lost := [each.source for each in missing if not each.commit and "://" not in each.source]:
+        raise NotFoundError(f"Folders are known by their hashes and not by their paths: {', '.join(lost[:5])}.")
+    named = [f"hf://{each.source}@{each.commit}" if each.commit else each.source for each in missing]
+    return rooms.examine(rooms.expand(named)) if named else []
 
 
 def _gone(why: str, reason: str) -> NotFoundError:

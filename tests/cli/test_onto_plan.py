@@ -1,0 +1,48 @@
+"""`aggregate --onto --dry-run` says what a fold would do, and writes nothing."""
+
+import json
+from pathlib import Path
+
+from tests.cli.running import Run, lora_merge
+from tests.conftest import digests
+from tests.folds import write_client
+
+__all__ = ["lora_merge"]  # a fixture
+ONTO = ("--onto", "global", "--dry-run", "--json")
+
+
+def test_a_plan_names_who_is_in_who_is_new_and_who_is_replaced(lora_merge: Run, tmp_path: Path) -> None:
+    for i, name in enumerate("abc"):
+        write_client(tmp_path / name, i, 24, 2)
+    write_client(tmp_path / "again" / "b", 7, 24, 2)
+    assert lora_merge("aggregate", "a", "b", "--onto", "global")[0] == 0
+    before = digests(tmp_path / "global")
+    code, out, err = lora_merge("aggregate", "a", "again/b", "c", *ONTO)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert [plan[name] for name in ("known", "added", "replaced", "again")] == [["org/a"], ["org/c"], ["org/b"], None]
+    plan = json.loads(lora_merge("aggregate", *ONTO, "--withdraw", "org/a")[1])
+    assert (plan["withdrawn"], plan["to_download"]) == (["org/a"], 0)
+    assert not any(
+        json.loads(lora_merge("aggregate", "a", "b", *ONTO)[1])[name] for name in ("added", "replaced", "again")
+    )
+    code, out, _ = lora_merge("aggregate", "a", "c", *ONTO[:3])
+    assert code == 0
+    assert "org/c (weight 3)" in out
+    assert digests(tmp_path / "global") == before
+
+
+def test_a_plan_says_whose_files_are_needed_and_gone(lora_merge: Run, tmp_path: Path) -> None:
+    for i, name in enumerate("abc"):
+        write_client(tmp_path / name, i, 24, 2)
+    assert lora_merge("aggregate", "a", "b", "--onto", "global", "--method", "svd", "--rank", "2")[0] == 0
+    plan = json.loads(lora_merge("aggregate", *ONTO, "--withdraw", "org/a")[1])
+    assert "taken out of a mean" in plan["again"]
+    assert "not by their paths" in plan["gone"]
+
+
+def test_a_plan_onto_nothing_is_exit_4(lora_merge: Run, tmp_path: Path) -> None:
+    write_client(tmp_path / "a", 0, 24, 2)
+    code, out, _ = lora_merge("aggregate", "a", *ONTO)
+    assert (code, json.loads(out)["error"]["message"].endswith("yet.")) == (4, True)
+    assert not (tmp_path / "global").exists()
