@@ -13,6 +13,7 @@ LoraMergeError              1  a bug of ours, when raised bare
 An error says what is wrong, in whose input, and (in ``hint``) what to do next.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,15 +81,21 @@ class RefusedError(LoraMergeError):
     exit_code = 3
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
-        self.problems = tuple(sorted(set(problems)))
+        self.problems = tuple(sorted(set(problems), key=_by_number))
         clients = len({problem.client for problem in self.problems})
         count = len(self.problems)
-        lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}; nothing was written."
+        lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}:"
         lines = _lines(self.problems)
         shown = [f"  {line}" for line in lines[:MAX_SHOWN]]
         if len(lines) > MAX_SHOWN:
             shown.append(f"  and {len(lines) - MAX_SHOWN} more (--json lists all of them)")
         super().__init__(lead, hint=hint, more=shown)
+
+
+def _by_number(problem: Problem) -> list[list[str | int]]:
+    """Sorts `line 9` before `line 10`. Every second part is a number, so that like is compared with like."""
+    texts = (problem.client, problem.field, problem.reason)
+    return [[int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]{1,18})", text))] for text in texts]
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:

@@ -42,11 +42,10 @@ def names_file(path: str) -> bool:
 
 
 def _places(unit: str, found: list[Any]) -> Iterator[tuple[str, object]]:
-    """Number the records from 1, in one width, so that places sort as text; blank lines are passed over."""
-    width = len(str(len(found)))
+    """Number the records from 1; blank lines are passed over."""
     for number, record in enumerate(found, start=1):
         if record is not None:
-            yield f"{unit} {number:>{width}}", record
+            yield f"{unit} {number}", record
 
 
 def _content(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """`lora-merge evaluate`: its exit codes, what goes to stdout, and one table that holds every model."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +102,25 @@ def test_a_refused_adapter_is_named_and_nothing_is_printed(run: Run, tmp_path: P
 )
 def test_a_wrong_option_is_a_usage_error(run: Run, option: tuple[str, str]) -> None:
     assert run(*option)[0] == 2
+
+
+def test_a_quoted_glob_names_every_folder_that_it_matches(
+    run: Run, adapters: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clients").mkdir()
+    for adapter in adapters[:2]:
+        shutil.copytree(adapter, tmp_path / "clients" / adapter.name)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("--json", folders=(Path("clients/*"), adapters[2]))
+    assert (code, err) == (0, "")
+    assert [model["name"] for model in json.loads(out)["models"] if model["kind"] == "local"] == [
+        "org/north",
+        "org/south",
+    ]
+
+
+def test_rows_that_are_refused_are_told_without_a_word_of_writing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("")
+    code, _, err = run(data=str(tmp_path / "none.jsonl"))
+    assert code == 3
+    assert err.startswith("error: 1 problem in 1 input:\n  none.jsonl: the file: holds no rows")

@@ -110,7 +110,7 @@ def test_one_reason_for_many_modules_of_a_client_is_one_line_with_an_example(cap
     error = RefusedError([*many, *few, Problem("org/a", "r", "is 0")], hint="Thaw it.")
     raised(Output(), error)
     assert capsys.readouterr().err.splitlines() == [
-        "error: 24 problems in 2 inputs; nothing was written.",
+        "error: 24 problems in 2 inputs:",
         "  org/a: layer.00 and 19 more: is frozen",
         "  org/a: r: is 0",
         "  org/b: layer.0: is frozen",

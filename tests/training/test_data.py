@@ -97,7 +97,7 @@ def test_a_wrong_row_is_named_by_its_line(line: str | bytes, reason: str, tmp_pa
 def test_all_wrong_rows_are_told_in_order_up_to_twenty(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         read_rows(write(tmp_path / "rows.jsonl", ["{}"] * 120))
-    assert [problem.field for problem in caught.value.problems] == [f"line {n:>3}" for n in range(1, 21)]
+    assert [problem.field for problem in caught.value.problems] == [f"line {n}" for n in range(1, 21)]
     assert caught.value.hint == "100 more rows are wrong."
 
 
