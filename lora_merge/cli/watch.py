@@ -20,6 +20,7 @@ from lora_merge.cli.screening import (
     DropDuplicatesOption,
     ExcludeOption,
 )
+from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _TITLES = ("clients", "arrived", "", "examples", "loss, nats a token", "perplexi
 
 
 def watch(
+    context: typer.Context,
     sources: Annotated[list[str], typer.Argument(help="ORG/NAME, 'ORG/PATTERN-*', folders and globs of them, URLs.")],
     onto: Annotated[
         str, typer.Option("--onto", metavar="GLOBAL", help="The global adapter: a folder, or a repository.")
@@ -107,6 +109,7 @@ def watch(
         scores = _scores(data, curve, place, chosen, reading) if data else None
         if curve and not data:
             raise UsageError("--curve holds what is measured on --data FILE.", hint="Add --data.")
+        rank = without_those_typed_over(context, {"rank": rank})["rank"]
         options = {"method": method, "rank": rank, "weights": weights, "base": base, "dtype": dtype, "device": device}
         events = run(
             sources,

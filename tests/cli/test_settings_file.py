@@ -133,6 +133,17 @@ def test_what_belongs_to_another_method_does_not_outlive_a_method_that_is_typed(
     assert "set by" not in err
 
 
+def test_a_method_that_is_typed_for_a_watch_drops_the_rank_of_the_file(here: Path, lora_merge: Run) -> None:
+    client(here / "a")
+    (here / "lora-merge.toml").write_text('[watch]\nmethod = "svd"\nrank = 1\n')
+    watch = ("watch", "a", "--until", "1", "-q")
+    assert lora_merge(*watch, "--onto", "first")[0] == 0
+    assert json.loads((here / "first" / "aggregation.json").read_text())["ranks"] == [1]
+    assert lora_merge(*watch, "--onto", "second", "--method", "exact")[0] == 0
+    assert json.loads((here / "second" / "aggregation.json").read_text())["ranks"] == [2]
+    assert lora_merge(*watch, "--onto", "third", "--method", "exact", "--rank", "1")[0] == 2
+
+
 def test_a_wrong_command_line_names_the_help_of_its_command(lora_merge: Run) -> None:
     assert "hint: lora-merge aggregate --help" in lora_merge("aggregate", "--nope")[2]
     assert "hint: lora-merge recipes show --help" in lora_merge("recipes", "show")[2]
