@@ -178,8 +178,10 @@ def _compact(value: Any) -> str:
 
 def _error(part: Mapping[str, float]) -> str:
     value, spread = part["relative_error"], part.get("standard_error")
-    text = f"{value:.2%}" if value >= 1e-3 else f"{value:.1e}"
-    return text if spread is None or math.isnan(spread) else f"{text} ± {spread:.1e}"
+    known = spread is not None and not math.isnan(spread)
+    digits = max(2, math.ceil(-math.log10(spread)) - 2) if known and spread else 2  # of per cent: one of the spread's
+    form = f".{digits}%" if value >= 1e-3 else ".1e"
+    return f"{value:{form}} ± {spread:{form}}" if known else f"{value:{form}}"
 
 
 def _read(kind: type[T], where: str, data: Any) -> T:

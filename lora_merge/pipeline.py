@@ -191,9 +191,13 @@ def require_same_files(folders: Mapping[str, PeftFolder]) -> None:
 
 def rank_warnings(ledger: Ledger) -> list[str]:
     """What to know of the rank of a merge that is done."""
-    if max(ledger.ranks, default=0) <= RANK_THAT_SERVERS_TAKE:
-        return []
-    return [
-        f"the rank is {max(ledger.ranks)}; servers refuse adapters above {RANK_THAT_SERVERS_TAKE}. "
-        "For a smaller one, with its distance from the mean: --method svd --rank 64 (or --rank auto)."
-    ]
+    most, asked = max(ledger.ranks, default=0), ledger.options.get("rank")
+    found = []
+    if ledger.ranks and isinstance(asked, int) and asked > most:
+        found.append(f"--rank {asked} is more than the merge of these clients can have; the rank is {most}.")
+    if most > RANK_THAT_SERVERS_TAKE:
+        found.append(
+            f"the rank is {most}; servers refuse adapters above {RANK_THAT_SERVERS_TAKE}. "
+            "For a smaller one, with its distance from the mean: --method svd --rank 64 (or --rank auto)."
+        )
+    return found

@@ -222,7 +222,7 @@ def _rank(rank: str | None) -> Any:
     return int(rank) if rank is not None and re.fullmatch("[0-9]{1,9}", rank) else rank
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def ranks_shown(ranks: Sequence[int]) -> str:
     """Those of all modules: a few by name, many as a range."""
     if len(ranks) > MANY_RANKS:
         return f"{min(ranks)} to {max(ranks)}, by module"
@@ -259,7 +259,7 @@ def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
         yield "let in", line
     weighting = "as given" if ledger.weighting == "given" else f"by {ledger.weighting}"
     yield "method", f"{ledger.method}, weights {weighting}"
-    yield "rank", _ranks(ledger.ranks)
+    yield "rank", ranks_shown(ledger.ranks)
     yield from robust_rows(ledger)
     yield "certificate", ledger.certificate.sentence()
     if ledger.certificate.not_measured:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_merge.cli.aggregate import ranks_shown
 from lora_merge.cli.main import main
+from lora_merge.ledger import Certificate
 from lora_merge.statement import Statement
 
 Run: TypeAlias = Callable[..., tuple[int, str, str]]
@@ -207,7 +209,7 @@ def test_every_bad_client_is_named_at_once_and_nothing_is_written(run: Run, two:
     code, out, err = run("a", "b", "-o", "global")
     assert (code, out) == (3, "")
     assert err.splitlines() == [
-        "error: 2 problems in 2 inputs; nothing was written.",
+        "error: 2 problems in 2 inputs:",
         f"  org/a: {LORA_A}: holds NaN or infinity",
         f"  org/b: {LORA_A}: holds NaN or infinity",
     ]
@@ -417,10 +419,42 @@ def test_a_command_line_that_cannot_be_parsed_is_exit_2_and_json_where_json_was_
     code, out, err = run(*(argument for argument in arguments if argument != "--json"))
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
-    assert err.endswith("hint: lora-merge --help\n")
+    assert err.endswith("hint: lora-merge aggregate --help\n")
 
 
 def test_help_is_exit_0_and_names_every_method(run: Run) -> None:
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     assert all(method in out for method in ("exact", "svd", "fedavg", "ffa"))
+
+
+def test_a_rank_above_that_of_the_merge_is_said_to_be(run: Run, two: tuple[Path, Path]) -> None:
+    code, _, err = run("a", "b", "-o", "global", "--method", "svd", "--rank", "100000")
+    assert code == 0
+    assert "--rank 100000 is more than the merge of these clients can have; the rank is 4." in err
+    assert "--rank" not in run("a", "b", "-o", "other", "--method", "svd", "--rank", "4")[2]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shown"),
+    [([], "none"), ([8], "8"), ([4, 8, 9, 16], "4, 8, 9, 16"), ([*range(8, 17)], "8 to 16, by module")],
+)
+def test_a_few_ranks_are_listed_and_many_are_a_range(ranks: list[int], shown: str) -> None:
+    assert ranks_shown(ranks) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "spread", "said"),
+    [
+        (0.0357, 3.4e-4, "3.57% ± 0.03%"),
+        (0.0357, 1e-6, "3.5700% ± 0.0001%"),
+        (0.5, 0.03, "50.00% ± 3.00%"),
+        (5e-4, 3e-5, "5.0e-04 ± 3.0e-05"),
+        (0.2, float("nan"), "20.00%"),
+        (0.2, 0.0, "20.00% ± 0.00%"),
+        (0.2, None, "20.00%"),
+    ],
+)
+def test_an_error_and_its_uncertainty_have_one_unit(error: float, spread: float | None, said: str) -> None:
+    whole = {"relative_error": error} | ({} if spread is None else {"standard_error": spread})
+    assert Certificate("probes", whole).sentence().startswith(f"relative error {said}")
