@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 
 MANY_RANKS = 4
+# What a shell completes, written out: the registries that hold them load torch.
+METHODS = ("exact", "svd", "fedavg", "ffa", "ties", "dare")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def aggregate(
@@ -72,7 +75,10 @@ def aggregate(
             help="The folder to write the global adapter to.  [required, but for --dry-run and --onto]",
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="exact, svd, fedavg, ffa, ties or dare.  [default: exact]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="exact, svd, fedavg, ffa, ties or dare.  [default: exact]", autocompletion=lambda: METHODS),
+    ] = None,
     rank: Annotated[
         str | None, typer.Option(help="Of svd, ties, dare: a number, auto or lossless.  [default: auto]")
     ] = None,
@@ -102,7 +108,10 @@ def aggregate(
         str | None, typer.Option(help="The base model's folder or cached id, where the mean depends on it.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.  [default: fp32]")
+        str | None,
+        typer.Option(
+            help="Of the written tensors: fp32, bf16 or fp16.  [default: fp32]", autocompletion=lambda: DTYPES
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     certificate: Annotated[

@@ -7,6 +7,7 @@ import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption, RepoArgument, target_of
+from lora_merge.cli.recipes import recipe_names
 from lora_merge.cli.train import quieten
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 def init(
     repo: RepoArgument,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or the path of a YAML file.")],
+    recipe: Annotated[
+        str,
+        typer.Option(help="A shipped recipe's name, or the path of a YAML file.", autocompletion=recipe_names),
+    ],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
     base: Annotated[
         Path | None, typer.Option(help="A folder with the base model, where it is not to be looked up on the Hub.")

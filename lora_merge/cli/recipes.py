@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
 recipes_app = typer.Typer(help="The shipped recipes: what every client of a federation shares.", no_args_is_help=True)
 
-NameArgument = Annotated[str, typer.Argument(help="A shipped recipe's name; or, to look at your own, a YAML path.")]
+
+def recipe_names() -> list[str]:
+    """Of the shipped recipes, for a shell to complete."""
+    from lora_merge.recipe import shipped
+
+    return [path.stem for path in shipped()]
+
+
+NameArgument = Annotated[
+    str,
+    typer.Argument(help="A shipped recipe's name; or, to look at your own, a YAML path.", autocompletion=recipe_names),
+]
 
 
 @recipes_app.command("list")
@@ -51,7 +62,7 @@ def show(
 
 @recipes_app.command()
 def copy(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name.", autocompletion=recipe_names)],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to copy into.")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
     as_json: JsonOption = False,

@@ -20,6 +20,7 @@ from lora_merge.cli.push import (
     push_record,
     push_summary,
 )
+from lora_merge.cli.recipes import recipe_names
 
 if TYPE_CHECKING:
     from lora_merge.recipe import LoadedRecipe
@@ -33,7 +34,12 @@ SECONDS_BETWEEN_LINES = 20.0
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a federation: ORG/NAME.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A shipped recipe's name, a YAML file, or a federation: ORG/NAME.", autocompletion=recipe_names
+        ),
+    ],
     data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
     client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to make.")],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_merge.cli.aggregate import DTYPES
 from lora_merge.cli.evaluate import PromptForm
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
     from lora_merge.watching.scores import Scores
 
+FOLDED = ("exact", "svd", "fedavg", "ffa")  # the methods that arrivals can be folded by
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _COLUMNS = "{:>7}  {:<24}  {:<8}  {:>9}  {:<23}  {:<19}  {}"
 _TITLES = ("clients", "arrived", "", "examples", "loss, nats a token", "perplexity", "global adapter")
@@ -64,13 +66,22 @@ def watch(
     max_length: Annotated[int, typer.Option(min=2, help="Of --data: tokens of a row, prompt and answer.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Of --data: measure on so many of its rows.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="exact, svd, fedavg or ffa.  [default: as it was made, or exact]")
+        str | None,
+        typer.Option(
+            help="exact, svd, fedavg or ffa.  [default: as it was made, or exact]", autocompletion=lambda: FOLDED
+        ),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Of svd.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="RULE", help="examples or uniform.  [default: as it was made, or examples]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the written tensors: fp32, bf16 or fp16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the written tensors: fp32, bf16 or fp16.  [default: as it was made, or fp32]",
+            autocompletion=lambda: DTYPES,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.  [default: CPUs]")] = None,
     cap_examples: Annotated[
