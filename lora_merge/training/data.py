@@ -95,7 +95,8 @@ def row_of(record: object) -> Row:
         raise ValueError("must be a JSON object")
     forms = [name for name, keys in _FORMS.items() if keys <= set(record)]
     if len(forms) != 1:
-        found = " and also ".join(forms) or f"only {', '.join(sorted(map(str, record)))[:80] or 'nothing'}"
+        keys = ", ".join(sorted(map(str, record)))[:80]
+        found = " and also ".join(forms) or (f"only {keys}" if keys else "nothing")
         raise ValueError(f"must hold one of {'; '.join(_FORMS)}; holds {found}")
     if forms == ["messages"]:
         return _chat_row(record["messages"])

@@ -68,7 +68,7 @@ def test_gzip_one_array_a_byte_order_mark_and_blank_lines_are_read_alike(tmp_pat
         (b'{"prompt": "\xff", "completion": "b"}', "not UTF-8"),
         ("null", "must be a JSON object"),
         ("3", "must be a JSON object"),
-        ("{}", "holds only nothing"),
+        ("{}", "holds nothing"),
         ('{"text": "a"}', "holds only text"),
         ('{"prompt": "a"}', "holds only prompt"),
         ('{"prompt": "a", "completion": "b", "instruction": "c", "output": "d"}', "and also"),
