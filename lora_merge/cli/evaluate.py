@@ -38,7 +38,8 @@ class WeightType(StrEnum):
 
 def evaluate(
     adapters: Annotated[
-        list[str], typer.Argument(help="Clients' adapters and merged ones: folders, ORG/NAME, ORG/PATTERN-*.")
+        list[str],
+        typer.Argument(help="Clients' adapters and merged ones: folders and globs of them, ORG/NAME, ORG/PATTERN-*."),
     ],
     base: Annotated[str, typer.Option(help="The base model: a folder, or a repository id.")],
     data: Annotated[str, typer.Option(help="Held-out rows: JSON lines (also .gz), or what `datasets` can read.")],

@@ -458,3 +458,12 @@ def test_a_few_ranks_are_listed_and_many_are_a_range(ranks: list[int], shown: st
 def test_an_error_and_its_uncertainty_have_one_unit(error: float, spread: float | None, said: str) -> None:
     whole = {"relative_error": error} | ({} if spread is None else {"standard_error": spread})
     assert Certificate("probes", whole).sentence().startswith(f"relative error {said}")
+
+
+def test_onto_a_global_adapter_the_defaults_are_what_it_was_made_with(run: Run, two: tuple[Path, Path]) -> None:
+    given = ("--method", "svd", "--rank", "1", "--dtype", "bf16", "--weights", "uniform")
+    assert run("a", "--onto", "global", *given)[0] == 0
+    code, out, _ = run("a", "b", "--onto", "global", "--json")
+    made = json.loads(out)
+    assert (code, made["method"], made["options"]["rank"]) == (0, "svd", 1)
+    assert (made["dtype"], made["weighting"]) == ("bf16", "uniform")
