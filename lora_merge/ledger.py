@@ -2,26 +2,19 @@
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from lora_merge import ledger_form as form
+from lora_merge.ledger_form import LedgerError
 
 FILE_NAME = "aggregation.json"
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 26
 
 T = TypeVar("T")
-
-
-class LedgerError(ValueError):
-    """A ledger is malformed. ``field`` names the entry."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)
@@ -158,7 +151,7 @@ class Ledger:
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
             raise LedgerError("schema_version", f"must be {SCHEMA_VERSION}, is {str(version)[:40]}")
-        ledger = _read(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
+        ledger = _entries(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
         clients = Counter(contribution.client_id for contribution in ledger.contributions)
         if twice := [client for client, count in clients.items() if count > 1]:
             raise LedgerError("contributions", f"name {twice[0]} twice")
@@ -180,145 +173,58 @@ def _error(part: Mapping[str, float]) -> str:
     value, spread = part["relative_error"], part.get("standard_error")
     known = spread is not None and not math.isnan(spread)
     digits = max(2, math.ceil(-math.log10(spread)) - 2) if known and spread else 2  # of per cent: one of the spread's
-    form = f".{digits}%" if value >= 1e-3 else ".1e"
-    return f"{value:{form}} ± {spread:{form}}" if known else f"{value:{form}}"
+    style = f".{digits}%" if value >= 1e-3 else ".1e"
+    return f"{value:{style}} ± {spread:{style}}" if known else f"{value:{style}}"
 
 
-def _read(kind: type[T], where: str, data: Any) -> T:
-    """A dataclass from its entries, each by its form below."""
-    _object(where or "ledger", data)
-    known, required = _entries(kind)  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - known):
-        raise LedgerError(f"{where}{unknown[0][:100]}", "unknown entry")
-    if missing := sorted(required - set(data)):
-        raise LedgerError(f"{where}{missing[0]}", "is missing")
-    return kind(**{name: _FORMS[name](f"{where}{name}", value) for name, value in data.items()})
-
-
-@cache
-def _entries(kind: type[Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """The names of all entries of a dataclass, and of those that must be there."""
-    known = fields(kind)
-    required = [entry.name for entry in known if entry.default is entry.default_factory is MISSING]
-    return frozenset(entry.name for entry in known), frozenset(required)
-
-
-def _object(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise LedgerError(name, "must be an object")
-    return value
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise LedgerError(name, "must be a list")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}", value)):
-        raise LedgerError(name, "must be a short text")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise LedgerError(name, "must be a finite number from 0 up")
-    return value
-
-
-def _positive(name: str, value: Any) -> float:
-    if (number := _number(name, value)) == 0:
-        raise LedgerError(name, "must be above 0")
-    return number
-
-
-def _share(name: str, value: Any) -> float:
-    if (number := _number(name, value)) > 1:
-        raise LedgerError(name, "must be a share, from 0 to 1")
-    return number
-
-
-def _measured(name: str, value: Any) -> dict[str, float]:
-    if "relative_error" not in _object(name, value):
-        raise LedgerError(name, "has no relative_error")
-    return _values(_number)(name, value)
+def _entries(kind: type[T], place: str, data: Any) -> T:
+    return form.entries_of(kind, place, data, _FORMS)
 
 
 def _contributions(name: str, value: Any) -> list[Contribution]:
-    if not _list(name, value):
+    if not form.listed(name, value):
         raise LedgerError(name, "must be a list of one or more")
-    return [_read(Contribution, f"{name}[{index}].", item) for index, item in enumerate(value)]
+    return [_entries(Contribution, f"{name}[{index}].", item) for index, item in enumerate(value)]
 
 
-def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise LedgerError(name, "must be a whole number from 0 up")
-    return value
-
-
-def _values(form: Callable[[str, Any], T]) -> Callable[[str, Any], dict[str, T]]:
-    return lambda name, value: {key: form(f"{name}.{key[:100]}", item) for key, item in _object(name, value).items()}
-
-
-def _items(form: Callable[[str, Any], T]) -> Callable[[str, Any], list[T]]:
-    return lambda name, value: [form(f"{name}[{index}]", item) for index, item in enumerate(_list(name, value))]
-
-
-def _or_null(form: Callable[[str, Any], T]) -> Callable[[str, Any], T | None]:
-    return lambda name, value: None if value is None else form(name, value)
-
-
-def _commit(name: str, value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{40}", value)):
-        raise LedgerError(name, "must be a commit of 40 hex digits, or null")
-    return value
-
-
-def _sha256(name: str, value: Any) -> str:
-    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
-        raise LedgerError(name, "must be a sha256 in hex")
-    return value
-
-
-_FORMS: dict[str, Callable[[str, Any], Any]] = {
-    "method": _text,
-    "options": _object,
-    "global_lr": _positive,
-    "weighting": _text,
-    "total_weight": _positive,
-    "base_model": _or_null(_text),
+_FORMS: dict[str, form.Form[Any]] = {
+    "method": form.text,
+    "options": form.mapping,
+    "global_lr": form.positive,
+    "weighting": form.text,
+    "total_weight": form.positive,
+    "base_model": form.or_null(form.text),
     "contributions": _contributions,
-    "certificate": lambda name, value: _read(Certificate, f"{name}.", value),
-    "forms": _values(_count),
-    "ranks": _items(_count),
-    "dtype": _text,
-    "device": _text,
-    "versions": _values(_text),
-    "parent": _or_null(_text),
-    "clip_norm": _or_null(_number),
-    "from_mean": _or_null(_values(_number)),
-    "left_out": _items(lambda name, value: _read(LeftOut, f"{name}.", value)),
-    "waved_through": _items(_text),
-    "reason": _text,
+    "certificate": lambda name, value: _entries(Certificate, f"{name}.", value),
+    "forms": form.values(form.count),
+    "ranks": form.items(form.count),
+    "dtype": form.text,
+    "device": form.text,
+    "versions": form.values(form.text),
+    "parent": form.or_null(form.text),
+    "clip_norm": form.or_null(form.number),
+    "from_mean": form.or_null(form.values(form.number)),
+    "left_out": form.items(lambda name, value: _entries(LeftOut, f"{name}.", value)),
+    "waved_through": form.items(form.text),
+    "reason": form.text,
     # of a contribution
-    "client_id": _text,
-    "source": _text,
-    "commit": _or_null(_commit),
-    "weight": _number,
-    "share": _share,
-    "num_examples": _or_null(_count),
-    "sha256": _values(_sha256),
-    "recipe": _or_null(_object),
-    "clipped_to": _or_null(_number),
-    "merged_share": _or_null(_number),
-    "norm": _or_null(_number),
-    "block_ranks": _or_null(_values(_count)),
-    "claims": _or_null(_object),
+    "client_id": form.text,
+    "source": form.text,
+    "commit": form.or_null(form.commit),
+    "weight": form.number,
+    "share": form.share,
+    "num_examples": form.or_null(form.count),
+    "sha256": form.values(form.sha256),
+    "recipe": form.or_null(form.mapping),
+    "clipped_to": form.or_null(form.number),
+    "merged_share": form.or_null(form.number),
+    "norm": form.or_null(form.number),
+    "block_ranks": form.or_null(form.values(form.count)),
+    "claims": form.or_null(form.mapping),
     # of the certificate
-    "measured_by": _text,
-    "whole": _or_null(_measured),
-    "modules": _values(_measured),
-    "not_measured": _items(_text),
-    "fedavg_would_miss": _or_null(_measured),
+    "measured_by": form.text,
+    "whole": form.or_null(form.measured),
+    "modules": form.values(form.measured),
+    "not_measured": form.items(form.text),
+    "fedavg_would_miss": form.or_null(form.measured),
 }

@@ -29,7 +29,7 @@ ROWS = (
     ("agreement", "options", "sources"),
     ("card", "checkpoint", "environment", "hub"),
     ("aggregation", "ledger", "lock", "recipe"),
-    ("adapter", "errors", "recipe_form", "statement"),
+    ("adapter", "errors", "ledger_form", "recipe_form", "statement"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 

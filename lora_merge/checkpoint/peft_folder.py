@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lora_merge import ledger, lock
+from lora_merge import ledger, ledger_form, lock
 from lora_merge.adapter import FactorsSpec, Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
 from lora_merge.checkpoint.layout import Stored, find_updates, owner_of
@@ -158,7 +158,7 @@ def _require_ledger(text: bytes) -> None:
     """Raise `FileRefused` unless this is a ledger: without one, an adapter is a client's, however wide it is."""
     try:
         ledger.Ledger.from_json(parse_json(text, LEDGER_NAME))
-    except ledger.LedgerError as error:
+    except ledger_form.LedgerError as error:
         raise FileRefused(f"{LEDGER_NAME}, {error.field}", error.reason) from error
 
 

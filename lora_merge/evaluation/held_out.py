@@ -13,7 +13,8 @@ from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.evaluation.answers import answer_tokens
 from lora_merge.evaluation.models import is_global
-from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.ledger import Ledger
+from lora_merge.ledger_form import LedgerError
 from lora_merge.training.data import Encoded, Row, encode
 
 

@@ -24,7 +24,8 @@ from lora_merge.checkpoint.stacks import Stacks
 from lora_merge.errors import Problem, RefusedError
 from lora_merge.kept import ClaimsError, description_of, ranks_of, unpacked
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
-from lora_merge.ledger import MAX_BYTES, Contribution, Ledger, LedgerError
+from lora_merge.ledger import MAX_BYTES, Contribution, Ledger
+from lora_merge.ledger_form import LedgerError
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock, LockedInput
 from lora_merge.locking import read_lock

@@ -14,7 +14,8 @@ from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_fo
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, Refusals, RefusedError
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
-from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.ledger import Ledger
+from lora_merge.ledger_form import LedgerError
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock, LockError
 from lora_merge.publish.files import (

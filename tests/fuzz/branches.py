@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_merge import ledger, lock, statement
+from lora_merge import ledger, ledger_form, lock, statement
 from lora_merge.checkpoint import config, core_file, layout, safetensors_file
 
-MODULES = (safetensors_file, config, core_file, layout, statement, ledger, lock)
-REFUSALS = (safetensors_file.FileRefused, statement.StatementError, ledger.LedgerError, lock.LockError)
+MODULES = (safetensors_file, config, core_file, layout, statement, ledger, ledger_form, lock)
+REFUSALS = (safetensors_file.FileRefused, statement.StatementError, ledger_form.LedgerError, lock.LockError)
 Branch = tuple[str, int]
 
 

@@ -27,7 +27,8 @@ from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding.global_adapter import opened_global
 from lora_merge.folding.onto import fold
 from lora_merge.kept import ClaimsError, description_of
-from lora_merge.ledger import Ledger, LedgerError
+from lora_merge.ledger import Ledger
+from lora_merge.ledger_form import LedgerError
 from lora_merge.lock import Lock, LockError
 from tests.adapters import WEIGHTS
 
