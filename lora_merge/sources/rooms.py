@@ -72,9 +72,9 @@ class Rooms:
         try:
             found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
         except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
-            meant = [text for room, text in named if room is not self._local and _ON_THE_HUB.fullmatch(text)]
-            if meant:
-                error.hint = f"{error.hint} Nor is there a folder here: {', '.join(meant[:5])}.".strip()
+            patterns = [text for _, text in named if _ON_THE_HUB.fullmatch(text) and "*" in text]
+            if patterns:
+                error.hint = f"No folder here is called {', '.join(patterns[:5])} either. {error.hint}".strip()
             raise
         refs = [ref for each in found for ref in each]
         _refuse_twice(refs)

@@ -251,7 +251,7 @@ def test_a_folder_of_adapters_and_a_mistyped_folder_are_told_apart_from_the_hub(
     assert "'clients/*'" in err
     code, _, err = run("clientz/*", "-o", "global")
     assert code == 5
-    assert "Nor is there a folder here: clientz/*" in err
+    assert "No folder here is called clientz/* either." in err
     assert run("clients/*", "-o", "global", "--weight", "a=2")[0] == 0
 
 

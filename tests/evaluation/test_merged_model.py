@@ -65,13 +65,15 @@ def test_the_tokenizer_is_the_bases_to_the_byte(base: Path, adapters: tuple[Path
 
 def test_what_is_there_is_replaced_only_by_force(base: Path, adapters: tuple[Path, ...], tmp_path: Path) -> None:
     output = tmp_path / "model"
-    output.mkdir()
-    (output / "mine").write_text("keep")
+    export(adapters[0], str(base), output, tell=print)
     with pytest.raises(UsageError, match="exists already"):
-        export(adapters[0], str(base), output, tell=print)
-    assert (output / "mine").read_text() == "keep"
-    export(adapters[0], str(base), output, force=True, tell=print)
-    assert not (output / "mine").exists()
+        export(adapters[1], str(base), output, tell=print)
+    before = (output / "model.safetensors").read_bytes()
+    export(adapters[1], str(base), output, force=True, tell=print)
+    assert (output / "model.safetensors").read_bytes() != before
+    (output / "mine").write_text("keep")
+    with pytest.raises(UsageError, match="mine"):
+        export(adapters[0], str(base), output, force=True, tell=print)
 
 
 def test_a_refused_adapter_leaves_nothing(base: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_waits_are_shown_and_end_at_max_wait(hub: LocalHub, pull_once: Puller) -
         5,
         [
             "error: 127.0.0.1 answers 429 and asks to wait 3600 s; gave up after 0 s.",
-            "hint: Try again later, or raise --max-wait.",
+            "hint: No folder here is called org/client-* either. Try again later, or raise --max-wait.",
         ],
     )
 
