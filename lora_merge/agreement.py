@@ -6,7 +6,10 @@ What decides whether the mean makes sense is refused when it differs; what only 
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
+from lora_merge.adapter import Adapter, Client
+from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem
 
@@ -21,6 +24,13 @@ def claim_problems(clients: Clients) -> list[Problem]:
         *_one_prompt_form(clients),
         *_one_set_of_parameters(clients),
     ]
+
+
+def federation_problems(clients: Clients) -> list[Problem]:
+    """Every reason why these clients are no federation: their claims, and the shapes of their updates."""
+    # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
+    shapes = [Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items()]
+    return [*claim_problems(clients), *shape_problems(shapes)]
 
 
 def claim_warnings(clients: Clients) -> list[str]:

@@ -1,24 +1,17 @@
-"""From sources to a federation: every client examined, fetched, weighted; or every reason why not, at once."""
+"""From sources to the clients of a merge: each one examined, fetched, weighted; or every reason why not, at once."""
 
 import resource
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
-import torch
-
-from lora_merge.adapter import Adapter, Client
-from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.sketch import Sketched
 from lora_merge.aggregation.weights import Weights
-from lora_merge.agreement import agreed_base_model, claim_problems
-from lora_merge.checkpoint.base_model import BaseModel, open_base
-from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.peft_folder import Description, FolderRefused, PeftFolder, open_folder
-from lora_merge.errors import MissingBaseError, NotFoundError, Problem, RefusedError, UsageError
+from lora_merge.agreement import federation_problems
+from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
+from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.measuring import copies, read_all
 from lora_merge.screening.selection import Selection, by_client_id, listed, require_exclusions_used
@@ -195,18 +188,12 @@ def _pinned(ref: AdapterRef, pins: Mapping[str, str]) -> AdapterRef:
 def _agreeing(candidates: Mapping[str, Candidate], selection: Selection) -> dict[str, Candidate]:
     """Those that make one federation: without whoever differs from the most, until nobody does."""
     found = dict(candidates)
-    while problems := _federation_problems({client: candidate.description for client, candidate in found.items()}):
+    while problems := federation_problems({client: candidate.description for client, candidate in found.items()}):
         for client in sorted({problem.client for problem in problems}):
             selection.refuse(found.pop(client).ref, [each for each in problems if each.client == client], client)
         if not selection.screening.skip_rejected:
             break  # the first look names all that differ; what their absence would change is not asked for
     return found
-
-
-def _federation_problems(clients: Mapping[str, Description]) -> list[Problem]:
-    # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
-    shapes = [Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items()]
-    return [*claim_problems(clients), *shape_problems(shapes)]
 
 
 def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
@@ -267,7 +254,7 @@ def open_clients(
             ref = candidates[client].ref
             selection.refuse(ref, error.problems(ref.source), client)
     selection.require(len(opened))
-    if problems := _federation_problems(opened):  # they agreed when they were examined: somebody writes to them
+    if problems := federation_problems(opened):  # they agreed when they were examined: somebody writes to them
         raise RefusedError(problems)
 
 
@@ -296,45 +283,3 @@ def _without_what_reading_finds(
             selection.leave_out(candidates[copy.client].ref, str(copy), copy.client)
             del clients[copy.client]
     return clients
-
-
-def federation_of(
-    inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device, *, to_measure: bool = False
-) -> Federation:
-    """The accepted clients with their weights, and the base model's tensors where the mean needs them.
-
-    Args:
-        to_measure: read the base also where only the size of an update depends on it.
-
-    Raises:
-        MissingBaseError: the mean needs base tensors that are not at hand.
-    """
-    folders = inputs.clients
-    clients = [
-        Client(client, n, inputs.sketched.get(client, folders[client])) for client, n in inputs.weights.items() if n > 0
-    ]
-    total = sum(inputs.weights.values())
-    conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
-    without = Federation(clients, total, alpha, None, conv1d, device)
-    needed = without.needed_base_tensors(to_measure=to_measure)
-    model = _base_model(folders, base, needed)
-    if model is not None and (missing := [name for name in needed if not model.has(name)]):
-        raise NotFoundError(
-            f"The base model {base or agreed_base_model(folders)} has no tensor {', '.join(missing[:5])}."
-        )
-    return Federation(clients, total, alpha, model, conv1d, device)
-
-
-def _base_model(folders: Mapping[str, PeftFolder], base: str | Path | None, needed: Sequence[str]) -> BaseModel | None:
-    """The base as given; else, only where it is needed, what the clients name, from the local cache."""
-    if base is not None:
-        return open_base(base)
-    if not needed:
-        return None
-    commits = {f.statement.base_model.commit for f in folders.values() if f.statement}
-    try:
-        name = agreed_base_model(folders)
-        return open_base(name or "", commit=commits.pop() if len(commits) == 1 else None)
-    except NotFoundError as error:
-        why = "A client trained whole tensors or DoRA; their mean, or a rule that measures updates, needs the base"
-        raise MissingBaseError(needed, why=why) from error

@@ -12,6 +12,7 @@ from lora_merge.aggregation.robust import Robust
 from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
+from lora_merge.assembly import federation_of
 from lora_merge.checkpoint import merge
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.federation import Federation
@@ -22,7 +23,7 @@ from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolde
 from lora_merge.defence import Defended, defended, require_rule, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
-from lora_merge.intake import Reading, accepted, federation_of
+from lora_merge.intake import Reading, accepted
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock

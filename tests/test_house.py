@@ -23,7 +23,7 @@ ROWS = (
     ("federation", "forecast", "inspection", "verify"),
     ("folding",),
     ("pipeline",),
-    ("defence", "evaluation", "locking", "provenance", "publish"),
+    ("assembly", "defence", "evaluation", "locking", "provenance", "publish"),
     ("intake", "kept"),
     ("screening", "training"),
     ("agreement", "options", "sources"),

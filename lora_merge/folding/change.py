@@ -12,6 +12,7 @@ from lora_merge.adapter import Client
 from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import claim_problems
+from lora_merge.assembly import federation_of
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description, PeftFolder
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
@@ -19,7 +20,7 @@ from lora_merge.folding import by_blocks, by_mean
 from lora_merge.folding.arrivals import Arrivals
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.folding.pinned import reopened
-from lora_merge.intake import Accepted, Reading, federation_of
+from lora_merge.intake import Accepted, Reading
 from lora_merge.kept import claims_of, packed, ranks_of, unpacked
 from lora_merge.ledger import Contribution
 from lora_merge.provenance import contributions_of

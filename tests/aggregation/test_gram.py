@@ -10,9 +10,10 @@ from torch import Tensor
 from lora_merge.aggregation import gram
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.schedule import pool
+from lora_merge.assembly import federation_of
 from lora_merge.checkpoint.similarity import gram_of
 from lora_merge.errors import RefusedError
-from lora_merge.intake import Reading, accepted, federation_of
+from lora_merge.intake import Reading, accepted
 from tests.adapters import KINDS, PLAIN, Kind, edited
 from tests.aggregation.updates import boosted, delta, deltas, module, names, rotated, update
 from tests.conftest import Federations
