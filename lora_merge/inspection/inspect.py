@@ -20,7 +20,7 @@ from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem, RefusedError
-from lora_merge.inspection.oddities import num_examples, oddities, reasons_to_stop
+from lora_merge.inspection.oddities import counts_stated, num_examples, oddities, reasons_to_stop
 from lora_merge.intake import Accepted, Reading, accepted
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.stops import Screening
@@ -126,9 +126,21 @@ def inspect(sources: Sequence[str | Path], *, screening: Screening, reading: Rea
 
 
 def _weights(inputs: Accepted) -> dict[str, float]:
-    counts = {client: num_examples(folder) for client, folder in inputs.clients.items()}
-    stated = {client: float(count) for client, count in counts.items() if count is not None}
-    return stated if len(stated) == len(counts) and any(stated.values()) else dict.fromkeys(counts, 1.0)
+    return dict.fromkeys(inputs.clients, 1.0) if _weighed_alike(inputs) else counts_stated(inputs)
+
+
+def _weighed_alike(inputs: Accepted) -> str:
+    """Why every client weighs the same here; empty where each weighs by its examples."""
+    stated = counts_stated(inputs)
+    if silent := len(inputs.clients) - len(stated):
+        return f"{silent} of {len(inputs.clients)} clients {'state' if silent > 1 else 'states'} no num_examples"
+    return "" if any(stated.values()) else "no client has an example"
+
+
+def _warnings(inputs: Accepted) -> list[str]:
+    alike = _weighed_alike(inputs)
+    said = [f"{alike}: all weigh the same here; aggregate asks for --weights."] if alike else []
+    return [*said, *claim_warnings(inputs.clients)]
 
 
 def _part(federation: Federation, name: str) -> Tensor | None:
@@ -162,7 +174,7 @@ def _inspection(inputs: Accepted, found: Gram, spectra: Mapping[str, Spectra], h
         cosines=[[_rounded(value) for value in row] for row in found.cosines.tolist()],
         mean_norm=_rounded(float(found.norm_of(found.p))),
         not_measured=found.not_measured,
-        warnings=claim_warnings(inputs.clients),
+        warnings=_warnings(inputs),
     )
 
 

@@ -15,12 +15,16 @@ def num_examples(client: Description) -> int | None:
     return client.statement.num_examples if client.statement else None
 
 
-def reasons_to_stop(inputs: Accepted, found: Gram) -> dict[str, list[str]]:
-    """Why `aggregate` would stop, by client."""
+def counts_stated(inputs: Accepted) -> dict[str, float]:
+    """The counts of those clients that state one."""
     counts = {client: num_examples(folder) for client, folder in inputs.clients.items()}
-    stated = {client: float(count) for client, count in counts.items() if count is not None}
+    return {client: float(count) for client, count in counts.items() if count is not None}
+
+
+def reasons_to_stop(inputs: Accepted, found: Gram) -> dict[str, list[str]]:
+    """Why `aggregate` would stop, by client; counts are held against those of all who state one."""
     problems = outliers(dict(zip(found.clients, found.norms.tolist(), strict=True)))
-    problems += dominant(stated) if len(stated) == len(counts) else []
+    problems += dominant(counts_stated(inputs))
     return _by_client((problem.client, f"{problem.field} {problem.reason}") for problem in problems)
 
 

@@ -106,6 +106,17 @@ def test_without_counts_every_client_weighs_the_same(lora_merge: Run, tmp_path: 
 
 
 @pytest.mark.usefixtures("four")
+def test_a_client_without_a_count_hides_no_inflated_one(lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / "huge", seed=3, num_examples=10**18)
+    client(tmp_path / "silent", seed=4, num_examples=None)
+    found = inspected(lora_merge, "[abc]", "huge", "silent", code=3)
+    assert [each["client_id"] for each in found["clients"] if each["stops"]] == ["org/huge"]
+    assert {each["share"] for each in found["clients"]} == {0.2}
+    assert "1 of 5 clients states no num_examples: all weigh the same here" in found["warnings"][0]
+    assert not any("weigh the same" in line for line in inspected(lora_merge, "[abc]")["warnings"])
+
+
+@pytest.mark.usefixtures("four")
 def test_the_table_fits_80_columns_when_piped(lora_merge: Run, tmp_path: Path) -> None:
     client(tmp_path / ("long-" * 12), seed=9, num_examples=100)
     code, out, _ = lora_merge("inspect", "[abcd]", "long*")
