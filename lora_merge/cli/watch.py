@@ -4,7 +4,6 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 
 from lora_merge.cli.aggregate import DTYPES
 from lora_merge.cli.evaluate import PromptForm
-from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption
 from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption
 from lora_merge.cli.screening import (
     AllowDominantOption,
@@ -22,19 +21,15 @@ from lora_merge.cli.screening import (
     ExcludeOption,
 )
 from lora_merge.cli.settings_file import without_those_typed_over
+from lora_merge.cli.tally import Tally, end, show
 from lora_merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lora_merge.intake import Reading
-    from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
     from lora_merge.watching.scores import Scores
 
 FOLDED = ("exact", "svd", "fedavg", "ffa")  # the methods that arrivals can be folded by
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_COLUMNS = "{:>7}  {:<24}  {:<8}  {:>9}  {:<23}  {:<19}  {}"
-_TITLES = ("clients", "arrived", "", "examples", "loss, nats a token", "perplexity", "global adapter")
 
 
 def watch(
@@ -141,14 +136,14 @@ def watch(
             reading=reading,
             wait=lambda pause: _wait(out, pause),
         )
-        tally = _Tally(place, time.monotonic(), str(scores.path) if scores else None)
+        tally = Tally(place, time.monotonic(), str(scores.path) if scores else None)
         try:
             for event in events:
-                _show(out, event, tally, scores)
+                show(out, event, tally, scores)
         except KeyboardInterrupt:
-            _end(out, tally, "interrupted")
+            end(out, tally, "interrupted")
             raise
-        _end(out, tally, tally.stopped)
+        end(out, tally, tally.stopped)
 
 
 def seconds_of(duration: str) -> float:
@@ -161,39 +156,6 @@ def seconds_of(duration: str) -> float:
     if not found or not float(found[1]):
         raise UsageError(f"--for must be a time such as 90s, 30m, 8h or 2d, is {duration!r}.")
     return float(found[1]) * _UNITS[found[2]]
-
-
-@dataclass
-class _Tally:
-    """What has happened so far, for the end."""
-
-    place: str
-    began: float
-    curve: str | None
-    stopped: str = "interrupted"
-    commit: str | None = None
-    clients: int = 0
-    added: int = 0
-    replaced: int = 0
-    conflicts: int = 0
-    refused: dict[str, "Refusal"] = field(default_factory=dict)
-    warned: set[str] = field(default_factory=set)
-
-    def record(self, stopped: str) -> dict[str, Any]:
-        """What ``--json`` prints at the end."""
-        return {
-            "event": "end",
-            "stopped": stopped,
-            "global": self.place,
-            "commit": self.commit,
-            "clients": self.clients,
-            "added": self.added,
-            "replaced": self.replaced,
-            "conflicts": self.conflicts,
-            "refused": [_refused(each) for each in self.refused.values()],
-            "curve": self.curve,
-            "seconds": round(time.monotonic() - self.began, 3),
-        }
 
 
 def _scores(data: str, curve: Path | None, place: str, chosen: Mapping[str, Any], reading: "Reading") -> "Scores":
@@ -211,122 +173,3 @@ def _wait(out: Output, pause: float) -> None:
     """Sleep; on a terminal, say until when."""
     with out.progress("Waiting for arrivals", None):
         time.sleep(pause)
-
-
-def _show(out: Output, event: "Event", tally: _Tally, scores: "Scores | None") -> None:
-    from lora_merge.watching.events import Arrival, Conflict, Refusal, Started, Stopped
-
-    if isinstance(event, Started):
-        _started(out, event, tally, scores)
-    elif isinstance(event, Arrival):
-        _arrived(out, event, tally, scores)
-    elif isinstance(event, Refusal):
-        tally.refused[event.source] = event
-        out.event(_refused(event), _COLUMNS.format(tally.clients, event.source, "refused", "", event.reason, "", ""))
-    elif isinstance(event, Conflict):
-        tally.conflicts += 1
-        out.say(f"{event.reason} Looking again.")
-    elif isinstance(event, Stopped):
-        tally.stopped = event.why
-        _seen(tally, event)
-
-
-def _started(out: Output, event: "Started", tally: _Tally, scores: "Scores | None") -> None:
-    from lora_merge.watching.curve import examples_of
-
-    _seen(tally, event)
-    if out.is_seen:
-        out.event({}, _COLUMNS.format(*_TITLES))
-    examples = examples_of(event.ledger) if event.ledger else 0
-    record = {"event": "started", "global": event.place, "commit": event.commit, "clients": tally.clients}
-    measured = list(scores.of(tally.place, event)) if scores else []
-    score = _score(measured)
-    out.event({**record, "examples": examples, **score}, _line(tally.clients, "", "", examples, score, event.commit))
-
-
-def _arrived(out: Output, event: "Arrival", tally: _Tally, scores: "Scores | None") -> None:
-    from lora_merge.watching.curve import examples_of
-
-    _seen(tally, event)
-    tally.refused.pop(event.source, None)
-    tally.added, tally.replaced = tally.added + (not event.replaced), tally.replaced + event.replaced
-    for warning in event.warnings:
-        if (kind := _kind(warning, event)) not in tally.warned:
-            tally.warned.add(kind)
-            out.warn(warning)
-    if event.again:
-        out.say(f"All clients were merged again: {event.again}.")
-    examples = examples_of(event.ledger)
-    record = {
-        "event": "arrival",
-        "client": event.client,
-        "source": event.source,
-        "source_commit": event.commit,
-        "replaced": event.replaced,
-        "global": tally.place,
-        "commit": event.made,
-        "clients": tally.clients,
-        "examples": examples,
-        "merged_again": event.again,
-        "seconds": round(event.seconds, 3),
-    }
-    score = _score(list(scores.of(tally.place, event)) if scores else [])
-    what = "replaced" if event.replaced else "added"
-    out.event({**record, **score}, _line(tally.clients, event.client, what, examples, score, event.made))
-
-
-def _kind(warning: str, event: "Arrival") -> str:
-    """A warning without the clients that it names: of many clients the same is said after every arrival."""
-    for each in event.ledger.contributions:
-        warning = warning.replace(each.client_id, "")
-    return re.sub("[^a-z]", "", warning)
-
-
-def _seen(tally: _Tally, event: "Started | Arrival | Stopped") -> None:
-    commit: str | None = getattr(event, "made", None) or getattr(event, "commit", None)
-    tally.clients = len(event.ledger.contributions) if event.ledger else 0
-    tally.commit = commit
-
-
-def _refused(event: "Refusal") -> dict[str, Any]:
-    about = {"event": "refused", "source": event.source, "source_commit": event.commit}
-    return {**about, "reason": event.reason, "hint": event.hint}
-
-
-def _score(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The measurement of the global adapter, without those before it."""
-    return {name: measured[-1][name] for name in ("loss", "perplexity")} if measured else {}
-
-
-def _line(clients: int, client: str, what: str, examples: int | None, score: Mapping[str, Any], at: str | None) -> str:
-    loss, perplexity = (_cell(score.get(name), digits) for name, digits in (("loss", 3), ("perplexity", 2)))
-    count = "" if examples is None else f"{examples:,}"
-    return _COLUMNS.format(clients, client, what, count, loss, perplexity, (at or "")[:12])
-
-
-def _cell(numbers: Mapping[str, float] | None, digits: int) -> str:
-    if not numbers:
-        return ""
-    return f"{numbers['value']:.{digits}f} [{numbers['low']:.{digits}f}, {numbers['high']:.{digits}f}]"
-
-
-def _end(out: Output, tally: _Tally, stopped: str) -> None:
-    out.result(tally.record(stopped), made=tally.commit or tally.place, show=lambda: _table(tally, stopped))
-
-
-def _table(tally: _Tally, stopped: str) -> "Table":
-    from rich.table import Table
-
-    why = {"clients": "as many clients are in as were asked for", "time": "the time is over"}.get(stopped, stopped)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("global adapter", plain(f"{tally.place}{f'@{tally.commit}' if tally.commit else ''}"))
-    table.add_row(
-        "clients", plain(f"{tally.clients} ({tally.added} added and {tally.replaced} replaced by this watch)")
-    )
-    table.add_row("conflicts", plain(tally.conflicts))
-    for each in tally.refused.values():
-        table.add_row("refused", plain(f"{each.source}: {each.reason}"))
-    if tally.curve:
-        table.add_row("curve", plain(tally.curve))
-    table.add_row("ended", plain(why))
-    return table
