@@ -9,7 +9,7 @@ from lora_merge.aggregation.coordinates import Coordinates
 from lora_merge.aggregation.registry import METHODS
 from lora_merge.aggregation.robust import TRIM, Reweighed, Robust, RobustError, check, reweigh
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.merge import Measured, Settings
+from lora_merge.checkpoint.planned import Measured, Settings
 from lora_merge.checkpoint.similarity import gram_of
 from lora_merge.errors import UsageError
 from lora_merge.ledger import Contribution, Ledger

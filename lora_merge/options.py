@@ -5,7 +5,7 @@ import math
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.registry import Options, Rank
 from lora_merge.aggregation.sparsifying import DENSITY
-from lora_merge.checkpoint.merge import DTYPES, CertificateMode, Settings
+from lora_merge.checkpoint.planned import DTYPES, CertificateMode, Settings
 from lora_merge.errors import UsageError
 
 

@@ -17,9 +17,9 @@ from lora_merge.checkpoint import merge
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
-from lora_merge.checkpoint.merge import CertificateMode, Measured, Merge, Settings
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolder
+from lora_merge.checkpoint.planned import CertificateMode, Measured, Merge, Settings
 from lora_merge.defence import Defended, defended, require_rule, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError

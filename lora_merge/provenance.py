@@ -20,8 +20,8 @@ from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
-from lora_merge.checkpoint.merge import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, Description
+from lora_merge.checkpoint.planned import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
 from lora_merge.intake import Accepted

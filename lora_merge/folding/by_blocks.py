@@ -12,8 +12,8 @@ import torch
 from lora_merge.adapter import Client, Factors, FactorsSpec
 from lora_merge.aggregation.blocks import may_share
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.merge import DTYPES
 from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.planned import DTYPES
 from lora_merge.checkpoint.stacks import Run
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.kept import ranks_of

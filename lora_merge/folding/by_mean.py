@@ -14,8 +14,8 @@ import torch
 from lora_merge.adapter import Client, Factors, FactorsSpec, Spec
 from lora_merge.aggregation.gram import squared_norm
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.merge import Measured
 from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.planned import Measured
 from lora_merge.folding.by_blocks import is_plain
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.kept import unpacked

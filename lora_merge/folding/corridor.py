@@ -15,8 +15,8 @@ from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.folder import alone_beside, atomic_folder
-from lora_merge.checkpoint.merge import CertificateMode, Measured, Settings
 from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME
+from lora_merge.checkpoint.planned import CertificateMode, Measured, Settings
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
 from lora_merge.folding.arrivals import arriving, refs_of, weights_of_arrivals, withdrawn

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.checkpoint.core_file import StoredCore, open_core
-from lora_merge.checkpoint.merge import DTYPES
 from lora_merge.checkpoint.peft_folder import (
     CORE_NAME,
     WEIGHTS_NAME,
@@ -19,6 +18,7 @@ from lora_merge.checkpoint.peft_folder import (
     PeftFolder,
     open_folder,
 )
+from lora_merge.checkpoint.planned import DTYPES
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.checkpoint.stacks import Stacks
 from lora_merge.errors import Problem, RefusedError

@@ -9,8 +9,8 @@ from typing import Any
 from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers, scratch_folder
-from lora_merge.checkpoint.merge import CertificateMode
 from lora_merge.checkpoint.overwriting import require_apart
+from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.errors import NotFoundError, UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
 from lora_merge.folding.plan import FoldPlan, plan_of

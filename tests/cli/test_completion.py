@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lora_merge.aggregation.methods import METHODS
-from lora_merge.checkpoint.merge import DTYPES
+from lora_merge.checkpoint.planned import DTYPES
 from lora_merge.cli.aggregate import DTYPES as COMPLETED_DTYPES
 from lora_merge.cli.aggregate import METHODS as COMPLETED_METHODS
 from lora_merge.cli.recipes import recipe_names
