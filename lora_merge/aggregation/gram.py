@@ -71,10 +71,6 @@ class Gram:
         n = torch.tensor(self.n, dtype=torch.float64)
         return n / n.sum()
 
-    def module_norms(self, name: str) -> Tensor:
-        """|Delta_i| of one module."""
-        return self.modules[name].clamp(min=0).sqrt()
-
     def cosines_to(self, p: Tensor) -> Tensor:
         """cos(Delta_i, sum_j p_j Delta_j); 0 where either is zero."""
         along: Tensor = self.matrix @ p

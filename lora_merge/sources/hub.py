@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-from lora_merge import lock
+from lora_merge import ledger, lock
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
@@ -39,7 +39,7 @@ from lora_merge.statement import FILE_NAME, MAX_BYTES
 # Files that a client's adapter does not have, and what does.
 NO_CLIENTS = {LEDGER_NAME: "a merged adapter", "lora_start.json": "a federation's recipe"}
 HEADER_GUESS = 1 << 17  # bytes: the header of most adapters fits
-LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: 1 << 26, LOCK_NAME: lock.MAX_BYTES}
+LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: ledger.MAX_BYTES, LOCK_NAME: lock.MAX_BYTES}
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"(?P<repo>(?P<owner>[\w.-]+)/(?P<name>[\w.\-*?\[\]!]+))(@(?P<revision>[^\s@]+))?")

@@ -14,31 +14,33 @@ import torch
 
 from lora_merge.errors import UsageError
 
+ADAPTER = "default"  # PEFT's name of a model's only adapter
 
-def start_from_seed(model: Any, seed: int, adapter_name: str = "default") -> int:
+
+def start_from_seed(model: Any, seed: int) -> int:
     """Overwrite every LoRA factor of a PEFT model with its seeded start; returns the number of modules.
 
     lora_A is uniform within 1 / sqrt(fan_in), as PEFT draws it; lora_B is zero. On an embedding PEFT has it the other
     way round: lora_A is zero, and lora_B has unit variance.
     """
     modules = 0
-    for name, drawn, zero, bound in _factors(model, adapter_name):
+    for name, drawn, zero, bound in _factors(model):
         _fill(drawn, seeded_uniform(seed, name, tuple(drawn.shape), bound))
         _zero(zero)
         modules += 1
     return modules
 
 
-def start_of(model: Any, adapter_name: str = "default") -> dict[str, str]:
+def start_of(model: Any) -> dict[str, str]:
     """The sha256 of the factor that each module starts from, as the model holds it: fp32, little-endian."""
-    return {name: _sha256(drawn) for name, drawn, _, _ in _factors(model, adapter_name)}
+    return {name: _sha256(drawn) for name, drawn, _, _ in _factors(model)}
 
 
-def seeded_start(model: Any, seed: int, adapter_name: str = "default") -> dict[str, str]:
+def seeded_start(model: Any, seed: int) -> dict[str, str]:
     """What `start_of` will be after `start_from_seed`. The model may be on the device `meta`: shapes are enough."""
     return {
         name: _sha256(seeded_uniform(seed, name, tuple(drawn.shape), bound))
-        for name, drawn, _, bound in _factors(model, adapter_name)
+        for name, drawn, _, bound in _factors(model)
     }
 
 
@@ -55,7 +57,7 @@ def freeze_lora_A(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def _factors(model: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+def _factors(model: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """Each module's name, the factor that is drawn, the factor that is zero, and the bound of what is drawn."""
     from peft.tuners.lora import LoraLayer
 
@@ -63,12 +65,12 @@ def _factors(model: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tensor,
         if not isinstance(module, LoraLayer):
             continue
         name = name.removeprefix("base_model.model.")
-        if adapter_name in module.lora_A:
-            drawn = module.lora_A[adapter_name].weight
+        if ADAPTER in module.lora_A:
+            drawn = module.lora_A[ADAPTER].weight
             fan_in = math.prod(drawn.shape[1:])
-            yield name, drawn, module.lora_B[adapter_name].weight, 1 / math.sqrt(fan_in)
-        if adapter_name in module.lora_embedding_A:
-            yield name, module.lora_embedding_B[adapter_name], module.lora_embedding_A[adapter_name], math.sqrt(3)
+            yield name, drawn, module.lora_B[ADAPTER].weight, 1 / math.sqrt(fan_in)
+        if ADAPTER in module.lora_embedding_A:
+            yield name, module.lora_embedding_B[ADAPTER], module.lora_embedding_A[ADAPTER], math.sqrt(3)
 
 
 def seeded_uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> torch.Tensor:

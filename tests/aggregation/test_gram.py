@@ -60,7 +60,7 @@ def test_it_holds_the_inner_products_of_the_dense_updates(kind: Kind, federation
 def test_it_is_the_sum_over_modules_whose_norms_it_keeps(plain: tuple[Path, ...]) -> None:
     found = measured(plain, None)
     assert len(found.modules) == 4
-    squares = sum(found.module_norms(name).square() for name in found.modules)
+    squares = sum(found.modules.values())
     assert torch.allclose(torch.as_tensor(squares), found.norms.square())
     for i, folder in enumerate(plain):
         whole = sum(float(change.square().sum()) for change in delta_weights(PLAIN, folder).values())
