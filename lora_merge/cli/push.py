@@ -1,6 +1,5 @@
 """`lora-merge push`: publish an adapter folder."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,13 +72,9 @@ def publish(
     evaluation: Path | None = None,
     max_wait: float = MAX_WAIT,
 ) -> "Pushed":
-    """Push, with bars on a terminal only, and say what was left out."""
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented there
-
+    """Push, and say what was left out."""
     from lora_merge.publish.push import push as run
 
-    if out.quiet or out.as_json or not sys.stderr.isatty():
-        disable_progress_bars()
     pushed = run(folder, target, message=message, evaluation=evaluation, max_wait=max_wait, tell=out.say)
     for warning in pushed.warnings:
         out.warn(warning)

@@ -17,6 +17,11 @@ from typing import Any, TypeAlias
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub.utils import _http as library  # its event hook and the present factory have no public name
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented there
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from huggingface_hub.utils._xet import abort_xet_session
 
 from lora_merge import __version__
@@ -66,13 +71,27 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     level = log.level
     log.setLevel(logging.ERROR if level == logging.WARNING else level)  # what it warns of, we tell
     try:
-        yield HfApi(library_name="lora-merge", library_version=__version__)
+        with _no_bars_of_the_library():
+            yield HfApi(library_name="lora-merge", library_version=__version__)
     finally:
         patience.end()
         set_client_factory(before)
         log.setLevel(level)
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _no_bars_of_the_library() -> Iterator[None]:
+    """Its bars of uploads go to any stderr, a log file too; whoever has them on by the environment keeps them."""
+    shown = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _shorter_tries(max_wait: float) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Folding onto a repository: one commit on top of what was read, or a conflict; the bytes are those of one merge."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_arrivals_are_commits_and_end_in_the_bytes_of_one_merge(
         code, out, err = run("aggregate", f"org/client-{name}", *ONTO, "--json")
         assert code == 0, err
         assert json.loads(out)["added"] == [f"org/client-{name}"]
+        assert not re.search(r"\x1b|\r|Processing Files", err)  # the library's bars
         assert changes(hub, "org/global") == count
     assert run("aggregate", "org/client-*", "--output", "one")[0] == 0
     assert all(hub.read("org/global", name) == (tmp_path / "one" / name).read_bytes() for name in NAMES)
