@@ -16,7 +16,7 @@ from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFo
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.errors import Problem, RefusedError
 from lora_merge.sources.base_models import FoundBase
-from lora_merge.sources.reference import Advance, Progress, Tell
+from lora_merge.sources.reference import Advance, Tell
 from lora_merge.sources.rooms import MAX_WAIT, open_rooms
 from lora_merge.training.base_model import load_model
 
@@ -61,9 +61,7 @@ class Opened:
 
 
 @contextmanager
-def open_adapters(
-    sources: Sequence[str | Path], *, tell: Tell, progress: Progress = silent, max_wait: float = MAX_WAIT
-) -> Iterator[list[Opened]]:
+def open_adapters(sources: Sequence[str | Path], *, tell: Tell, max_wait: float = MAX_WAIT) -> Iterator[list[Opened]]:
     """Open the adapters that sources name, as `aggregate` takes them, and close them when the block ends.
 
     Raises:
@@ -73,7 +71,7 @@ def open_adapters(
     """
     with open_rooms(max_wait, tell) as rooms, ExitStack() as stack:
         candidates = rooms.examine(rooms.expand(sources))
-        folders = rooms.fetch(candidates, progress)
+        folders = rooms.fetch(candidates, silent)
         for note in rooms.notes:
             tell(note)
         opened, problems = [], list[Problem]()
