@@ -1,8 +1,8 @@
 """`lora-merge verify`: make a published merge again from its pinned inputs, and compare."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -25,6 +25,7 @@ from lora_merge.intake import Reading, accepted, examined
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock
 from lora_merge.locking import read_lock
+from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import open_rooms
 
 Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
@@ -42,6 +43,7 @@ class Verification:
         relative_error: of the published update against the one made again; None where it was not made.
         environment: what differs between the lock's environment and this one: name to (locked, here).
         note: where it was merged on a device that is not here and the bytes differ, what that means.
+        surplus: clients that were given and are not in the lock; nothing was asked of them.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Verification:
     environment: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     inputs: int = 0
     note: str | None = None
+    surplus: Sequence[str] = ()
 
 
 def verify(
@@ -78,9 +81,9 @@ def verify(
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock = read_lock(folder / LOCK_NAME)
         named = [*_named_inputs(lock, bool(sources)), *sources]
-        refs = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
-        if reasons := _other_clients(lock, refs):
-            return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
+        found = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
+        refs = _locked_ones(lock, found)
+        surplus = sorted(found.keys() - refs.keys())
         device = device_called(lock.environment.get("device", "cpu"))
         with scratch_folder() as scratch:
             again = scratch / "again"
@@ -95,8 +98,8 @@ def verify(
             else:
                 reasons = _other_inputs(lock, hashes)
             if reasons:
-                return Verification(str(target), "different", reasons, inputs=len(lock.inputs))
-            return _compared(str(target), folder, again, lock, device)
+                return Verification(str(target), "different", reasons, inputs=len(lock.inputs), surplus=surplus)
+            return replace(_compared(str(target), folder, again, lock, device), surplus=surplus)
 
 
 def _hashes(named: Sequence[str | Path], reading: Reading) -> dict[str, Mapping[str, str]]:
@@ -117,12 +120,11 @@ def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
     return found
 
 
-def _other_clients(lock: Lock, found: Collection[str]) -> list[str]:
-    """The clients that are not in the lock; raises `NotFoundError` where one that is was not found."""
-    locked = {entry.client_id for entry in lock.inputs}
-    if lost := sorted(locked.difference(found)):
+def _locked_ones(lock: Lock, found: Mapping[str, AdapterRef]) -> dict[str, AdapterRef]:
+    """Where the lock's inputs lie; raises `NotFoundError` where one was not found."""
+    if lost := sorted({entry.client_id for entry in lock.inputs}.difference(found)):
         raise NotFoundError(f"These inputs of the lock were not found: {', '.join(lost)}.")
-    return [f"input {client} is not in the lock" for client in sorted(set(found) - locked)]
+    return {entry.client_id: found[entry.client_id] for entry in lock.inputs}
 
 
 def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[str]:

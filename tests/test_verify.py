@@ -109,6 +109,19 @@ def test_an_input_that_is_not_the_locked_one_is_named_with_its_file(
     assert "adapter_model.safetensors" in found.reasons[0]
 
 
+def test_folders_that_are_not_in_the_lock_are_left_aside(plain: Folders, tmp_path: Path) -> None:
+    merged = aggregate(plain[:2], tmp_path / "global").output
+    found = verify(merged, plain)
+    assert (found.verdict, found.inputs, found.surplus) == ("identical", 2, ["org/client-2"])
+    flip_a_bit(merged / "adapter_model.safetensors")
+    found = verify(merged, plain)
+    assert (found.verdict, found.surplus) == ("different", ["org/client-2"])
+    assert found.relative_error
+    flip_a_bit(plain[0] / "adapter_model.safetensors")
+    found = verify(merged, plain)
+    assert [reason.partition(":")[0] for reason in found.reasons] == ["input org/client-0"]
+
+
 def test_inputs_that_nobody_names_are_not_found(merged: Path, plain: Folders) -> None:
     with pytest.raises(NotFoundError):
         verify(merged)

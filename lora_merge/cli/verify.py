@@ -46,6 +46,8 @@ def verify(
             workers=workers,
             reading=Reading(max_wait, out.say, out.progress),
         )
+        if found.surplus:
+            out.warn(f"not in the merge, and left aside: {', '.join(found.surplus)}.")
         out.result(asdict(found), made=found.verdict, show=lambda: _table(found))
         if found.verdict == "different" or (strict and found.verdict != "identical"):
             raise typer.Exit(8)
