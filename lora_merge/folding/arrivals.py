@@ -11,7 +11,7 @@ from lora_merge.errors import NotFoundError, Problem, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.screening.selection import Selection, is_folder
-from lora_merge.screening.stops import cap_of
+from lora_merge.screening.stops import cap_of, let_in
 from lora_merge.screening.weighing import Weighed, cap_in, weighed
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms
@@ -155,7 +155,8 @@ def weights_of_arrivals(
         require_cap(selection.screening.cap_examples, cap)
         capped = replace(selection, screening=replace(selection.screening, cap_examples=cap))
         before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
-        return weighed(arrivals.candidates, "uniform" if made_by == "uniform" else "examples", capped, before)
+        waved = let_in(ledger.waved_through, "num_examples", before)
+        return weighed(arrivals.candidates, "uniform" if made_by == "uniform" else "examples", capped, before, waved)
     names = {name: each for each in kept.values() for name in (each.client_id, each.source)}
     for name in weights.keys() & names.keys():
         if weights[name] != names[name].weight:

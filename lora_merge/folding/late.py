@@ -1,4 +1,7 @@
-"""The stops at late arrivals, whose norms and copies are held against those that are in already."""
+"""The stops at late arrivals. They judge all who would be in, so that who comes first is judged like who comes last.
+
+A withdrawal alone stops at nothing: it is the way on. What it leaves is judged when the next one arrives.
+"""
 
 import math
 from collections.abc import Collection
@@ -19,6 +22,7 @@ from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.ledger import Ledger
 from lora_merge.screening.measuring import Findings, Held, copies, findings, read_all
 from lora_merge.screening.selection import Selection
+from lora_merge.screening.stops import let_in
 
 
 def screened(
@@ -30,7 +34,7 @@ def screened(
     update of its own any more: of that, only equal files are known.
 
     Raises:
-        RefusedError: an arrival is refused, or is far larger than those that are in.
+        RefusedError: an arrival is refused, or with it somebody, in already or not, is far larger than the others.
     """
     stay = {client: each for client, each in stay.items() if client not in arrivals.replaces.values()}
     if selection.screening.skip_rejected:
@@ -79,13 +83,14 @@ def _without_misfits(arrivals: Arrivals, before: GlobalAdapter, stay: Contributi
 def _held(before: GlobalAdapter, stay: Contributions, threads: ThreadPoolExecutor) -> Held:
     norms = {client: each.norm for client, each in stay.items() if each.norm is not None}
     hashes = {client: sha256 for client, each in stay.items() if (sha256 := each.sha256.get(WEIGHTS_NAME))}
+    waved = let_in(before.ledger.waved_through, "update", stay)
     if not before.is_stacked:
-        return Held(norms, hashes)
+        return Held(norms, hashes, let_in=waved)
     at = {client: index for index, client in enumerate(before.contributions) if client in stay}
     modules = list(before.stacks.specs)
     found = over(threads, partial(_sketches, before, list(at.values())), modules)
     updates = {client: before.stacks.run(index, index + 1) for client, index in at.items()}
-    return Held(norms, hashes, updates, dict(zip(modules, found, strict=True)))
+    return Held(norms, hashes, updates, dict(zip(modules, found, strict=True)), waved)
 
 
 def _sketches(before: GlobalAdapter, rows: list[int], module: str) -> Tensor:

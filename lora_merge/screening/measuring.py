@@ -1,6 +1,6 @@
 """What reading the clients' updates finds out: values that are no numbers, updates far too large, copies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,11 @@ from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import Problem, RefusedError, one_line
 from lora_merge.screening.stops import (
     FEW_NORMS,
-    LATE_WAYS_PAST_OUTLIERS,
     WAYS_PAST_OUTLIERS,
     Copy,
     Screening,
     identical,
+    late_ways,
     nearly_identical,
     outliers,
 )
@@ -38,12 +38,14 @@ class Held:
         hashes: the sha256 of each one's weights file.
         updates: each one's update, where it is stored apart from the others'.
         sketches: of each module, a row for each of `updates`, in that order.
+        let_in: whose norm the user let in knowingly.
     """
 
     norms: Mapping[str, float] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     updates: Mapping[str, Adapter] = field(default_factory=dict)
     sketches: Mapping[str, Tensor] = field(default_factory=dict)
+    let_in: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ def findings(
         judge_norms: whether a norm may stop the merge: not where the user has large ones scaled down.
 
     Raises:
-        RefusedError: an update is far larger than the others.
+        RefusedError: an update is far larger than the others, be it one that is in already.
     """
     sizes = norms(clients)
     before = held.norms if held else {}
-    problems = outliers(sizes, before) if judge_norms else []
+    problems = outliers(sizes, before, held.let_in if held else ()) if judge_norms else []
     if problems and not screening.allow_outliers:
-        raise RefusedError(problems, hint=LATE_WAYS_PAST_OUTLIERS if held else WAYS_PAST_OUTLIERS)
+        raise RefusedError(problems, hint=late_ways(problems, before) if held else WAYS_PAST_OUTLIERS)
     warnings = [f"{copy.client} {copy}. --drop-duplicates keeps the first." for copy in copies(clients, hashes, held)]
     if judge_norms and len(clients) + len(before) >= FEW_NORMS and (unknown := not_measured(clients)):
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")

@@ -4,7 +4,7 @@ Counts and norms are never changed unasked: a stop names the ways on.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,22 +64,34 @@ def median_of(numbers: Sequence[float]) -> float:
     return statistics.median([number for number in numbers if number > 0] or [0.0])
 
 
-def dominant(counts: Mapping[str, float], before: Mapping[str, float] | None = None) -> list[Problem]:
+def dominant(
+    counts: Mapping[str, float], before: Mapping[str, float] | None = None, let_in: Collection[str] = ()
+) -> list[Problem]:
     """The clients whose count is above five times the median, or above half of the total; from four clients on.
 
     Args:
-        before: counts of clients that are in already: they count for the median and the total.
+        before: counts of clients that are in already, which are judged anew: who came first had nobody beside him.
+        let_in: those of them that the user let in knowingly.
     """
     usual = {**(before or {}), **counts}
     if len(usual) < FEW_COUNTS:
         return []
     median, total = median_of(list(usual.values())), sum(usual.values())
     found = []
-    for client, count in counts.items():
-        if count > TIMES_MEDIAN * median or count > total / 2:
+    for client, count in usual.items():
+        if client not in let_in and (count > TIMES_MEDIAN * median or count > total / 2):
             said = f"states {count:g}: {count / median:.3g} times the median of {median:g}, {count / total:.0%} of all"
-            found.append(Problem(client, "num_examples", said))
+            found.append(Problem(client, "num_examples", said + _where(client, counts)))
     return found
+
+
+def _where(client: str, arrivals: Collection[str]) -> str:
+    return "" if client in arrivals else ", and is in already"
+
+
+def let_in(waved_through: Sequence[str], stop: str, clients: Collection[str]) -> set[str]:
+    """Those of `clients` who were let past the stop at `stop`, a problem's field, by what a ledger says."""
+    return {c for c in clients if any(line.startswith(one_line(f"{c}: {stop}: ")) for line in waved_through)}
 
 
 def ways_past_dominance(counts: Mapping[str, float]) -> str:
@@ -96,34 +108,46 @@ def _capped(counts: Mapping[str, float], choice: str) -> dict[str, float]:
     return {client: count if cap is None else min(count, cap) for client, count in counts.items()}
 
 
-def outliers(norms: Mapping[str, float], before: Mapping[str, float] | None = None) -> list[Problem]:
+def outliers(
+    norms: Mapping[str, float], before: Mapping[str, float] | None = None, let_in: Collection[str] = ()
+) -> list[Problem]:
     """The clients whose update has a norm above five times the median; from three clients on.
 
     Args:
-        before: norms of clients that are in already: they count for the median.
+        before, let_in: as of `dominant`.
     """
     usual = {**(before or {}), **norms}
     median = median_of(list(usual.values()))
     if len(usual) < FEW_NORMS or not median:
         return []
-    return [
-        Problem(client, "update", f"has the norm {norm:.3g}: {norm / median:.3g} times the median of {median:.3g}")
-        for client, norm in norms.items()
-        if norm > TIMES_MEDIAN * median
-    ]
+    found = []
+    for client, norm in usual.items():
+        if client not in let_in and norm > TIMES_MEDIAN * median:
+            said = f"has the norm {norm:.3g}: {norm / median:.3g} times the median of {median:.3g}"
+            found.append(Problem(client, "update", said + _where(client, norms)))
+    return found
 
 
 WAYS_PAST_OUTLIERS = (
     "Scale them down: --clip 3x (of the median norm). Leave them out: --exclude SOURCE. Let them in: --allow-outliers."
 )
-LATE_WAYS_PAST_OUTLIERS = (
-    "Leave them out: --exclude SOURCE. Let them in: --allow-outliers. "
-    "Or merge all clients anew without --onto: --clip 3x scales large ones down."
-)
-LATE_WAYS_PAST_DOMINANCE = (
-    "Believe them: --allow-dominant. Leave them out: --exclude SOURCE. "
-    "Or merge all clients anew without --onto: --cap-examples 4x (of the median) counts them for less."
-)
+_LATE_WAYS = {  # by the field of the problem
+    "update": ("Let them in: --allow-outliers.", "--clip 3x scales large ones down."),
+    "num_examples": (
+        "Believe them: --allow-dominant.",
+        "--cap-examples 4x (of the median) counts them for less.",
+    ),
+}
+
+
+def late_ways(problems: Sequence[Problem], before: Collection[str]) -> str:
+    """What to say of late arrivals after `outliers` or `dominant`: also how those who are in are taken out."""
+    allow, anew = _LATE_WAYS[problems[0].field]
+    named = {problem.client for problem in problems}
+    inside = " ".join(f"--withdraw {one_line(client)}" for client in sorted(named & {*before}))
+    ways = [allow, "Leave them out: --exclude SOURCE." if named - {*before} else ""]
+    ways += [f"Take out who is in: {inside}." if inside else "", f"Or merge all clients anew without --onto: {anew}"]
+    return " ".join(way for way in ways if way)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """The weight of each client of a federation, and the stop where one that states its own outweighs the others."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from lora_merge.aggregation.weights import Weights, resolve_weights
 from lora_merge.errors import RefusedError, UsageError, one_line
 from lora_merge.screening.selection import Selection
-from lora_merge.screening.stops import LATE_WAYS_PAST_DOMINANCE, cap_of, dominant, ways_past_dominance
+from lora_merge.screening.stops import cap_of, dominant, late_ways, ways_past_dominance
 from lora_merge.sources.reference import Candidate
 
 _CAPPED = "examples, at most "
@@ -27,13 +27,15 @@ def weighed(
     weights: Weights,
     selection: Selection,
     before: Mapping[str, float] | None = None,
+    let_in: Collection[str] = (),
 ) -> Weighed:
     """The weight of each client; a weight may be given by id, by source, or by the source as the user wrote it.
 
     Whoever `selection` left out may have a weight too, which then counts for nothing.
 
     Args:
-        before: what clients that are in already count for, which self-stated counts are held against.
+        before: what clients that are in already count for; they are judged with these.
+        let_in: those of them that the user let in knowingly.
 
     Raises:
         UsageError: a weight is missing or wrong.
@@ -53,9 +55,9 @@ def weighed(
         return Weighed(n, weights if isinstance(weights, str) else "given")
     cap = cap_of(screening.cap_examples, [*(before or {}).values(), *n.values()])
     capped = {client: count if cap is None else min(count, cap) for client, count in n.items()}
-    problems = dominant(capped, before)
+    problems = dominant(capped, before, let_in)
     if problems and not screening.allow_dominant:
-        raise RefusedError(problems, hint=LATE_WAYS_PAST_DOMINANCE if before is not None else ways_past_dominance(n))
+        raise RefusedError(problems, hint=ways_past_dominance(n) if before is None else late_ways(problems, before))
     waved = tuple(one_line(f"{problem} (--allow-dominant)") for problem in problems)
     return Weighed(capped, "examples" if cap is None else capped_by(cap), waved)
 

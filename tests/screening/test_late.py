@@ -71,6 +71,65 @@ def test_a_boosted_late_arrival_stops_and_nothing_is_changed(onto: Path, four: l
     assert ledger(onto)["waved_through"] == []
 
 
+def hostile(folder: Path, kind: str) -> Path:
+    """A client that one merge stops at: of very many examples, or of a very large update."""
+    return late(folder, num_examples=10**18) if kind == "num_examples" else changed(late(folder), boosted)
+
+
+def one_by_one(folders: list[Path], onto: Path) -> None:
+    for folder in folders:
+        fold([folder], onto)
+
+
+@pytest.mark.parametrize("kind", ["num_examples", "update"])
+@pytest.mark.parametrize("place", range(5))
+def test_whenever_a_hostile_client_comes_folding_stops_where_one_merge_does(
+    four: list[Path], tmp_path: Path, kind: str, place: int
+) -> None:
+    arrivals = [*four[:place], hostile(tmp_path / "h", kind), *four[place:]]
+    with pytest.raises(RefusedError, match=f"org/h: {kind}"):
+        aggregate(arrivals, tmp_path / "one")
+    with pytest.raises(RefusedError, match=f"org/h: {kind}") as caught:
+        one_by_one(arrivals, tmp_path / "global")
+    assert [problem.client for problem in caught.value.problems] == ["org/h"]
+    is_in = "org/h" in (each["client_id"] for each in ledger(tmp_path / "global")["contributions"])
+    assert is_in == ("--withdraw org/h" in caught.value.hint)
+    assert is_in == (", and is in already" in caught.value.message)
+
+
+@pytest.mark.parametrize("kind", ["num_examples", "update"])
+def test_the_ways_past_a_hostile_client_that_is_in_lead_on(four: list[Path], tmp_path: Path, kind: str) -> None:
+    onto, bad = tmp_path / "global", hostile(tmp_path / "h", kind)
+    fold([bad], onto)
+    before = digests(onto)
+    with pytest.raises(RefusedError, match="is in already"):
+        fold(four, onto)
+    assert digests(onto) == before
+    fold(four, onto, output=tmp_path / "without", withdraw=["org/h"])
+    require_one_merge(tmp_path / "without", four)
+    fold(four, onto, screening=Screening(allow_dominant=kind == "num_examples", allow_outliers=kind == "update"))
+    assert len(ledger(onto)["waved_through"]) == 1
+    assert fold([late(tmp_path / "f", seed=7)], onto).added == ["org/f"]  # who was let in knowingly is, for good
+    assert len(ledger(onto)["waved_through"]) == 1
+    other = hostile(tmp_path / "g", "update" if kind == "num_examples" else "num_examples")
+    with pytest.raises(RefusedError, match="org/g"):
+        fold([other], onto)
+
+
+def test_to_be_let_past_one_stop_is_not_to_be_let_past_the_other(four: list[Path], tmp_path: Path) -> None:
+    onto, bad = tmp_path / "global", changed(late(tmp_path / "h", num_examples=10**18), boosted)
+    fold([*four[:2], bad], onto, screening=Screening(allow_outliers=True))
+    assert "update" in ledger(onto)["waved_through"][0]
+    with pytest.raises(RefusedError, match="org/h: num_examples"):
+        fold([four[2]], onto)
+
+
+def test_of_a_mean_those_who_are_in_are_judged_too(four: list[Path], tmp_path: Path) -> None:
+    onto = fold([changed(late(tmp_path / "h"), boosted)], tmp_path / "svd", method="svd", rank=4).output
+    with pytest.raises(RefusedError, match=r"org/h: update: .* and is in already"):
+        fold(four, onto)
+
+
 def test_the_norm_of_each_arrival_is_kept(four: list[Path], tmp_path: Path) -> None:
     onto = tmp_path / "global"
     for folder in four:
