@@ -17,7 +17,7 @@ from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.robust import Robust
 from lora_merge.agreement import agreed_base_model, is_local
-from lora_merge.card import global_card
+from lora_merge.card.card import global_card
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, Description

@@ -19,7 +19,8 @@ import typer
 import yaml
 
 from lora_merge import aggregate
-from lora_merge.card import Place, Result, Results, client_card, global_card
+from lora_merge.card.card import Result, Results, client_card, global_card
+from lora_merge.card.merged import Place
 from lora_merge.cli import main as application
 from lora_merge.cli.evaluate import drawn
 from lora_merge.cli.output import Output

@@ -9,7 +9,8 @@ from pathlib import Path
 from yaml import YAMLError
 
 from lora_merge.agreement import is_local
-from lora_merge.card import Place, client_card, completed_card, global_card, private_inputs
+from lora_merge.card.card import client_card, completed_card, global_card
+from lora_merge.card.merged import Place, private_inputs
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, Refusals, RefusedError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_merge.card import Result, Results
+from lora_merge.card.card import Result, Results
 from lora_merge.errors import NotFoundError, UsageError
 
 

@@ -17,7 +17,8 @@ from lora_merge import aggregate
 from lora_merge.adapter import FactorsSpec, FullSpec, spec_of
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.agreement import is_local
-from lora_merge.card import Place, client_card, global_card
+from lora_merge.card.card import client_card, global_card
+from lora_merge.card.merged import Place
 from lora_merge.checkpoint.config import MAX_R, MAX_SCALING
 from lora_merge.checkpoint.core_file import open_core
 from lora_merge.checkpoint.layout import stored_shapes

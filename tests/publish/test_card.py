@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from lora_merge.card import Place, global_card
+from lora_merge.card.card import global_card
+from lora_merge.card.merged import Place
 from lora_merge.ledger import Contribution, Ledger, LeftOut
 from lora_merge.publish.prepare import prepare
 from tests.hub.client import Client
