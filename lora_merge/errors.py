@@ -59,6 +59,14 @@ class MissingBaseError(UsageError):
         self.tensors = tuple(tensors)
 
 
+class Malformed(ValueError):
+    """A file's text breaks its form: ``field`` says where in it, ``reason`` why. Its reader makes it a `Problem`."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
 @dataclass(frozen=True, order=True)
 class Problem:
     """One reason to refuse one client: ``client`` and ``field`` say where, ``reason`` says why."""

@@ -15,6 +15,7 @@ from lora_merge.adapter import FactorsSpec
 from lora_merge.agreement import is_local
 from lora_merge.checkpoint.config import AdapterConfig, read_config
 from lora_merge.checkpoint.peft_folder import Description
+from lora_merge.errors import Malformed
 from lora_merge.ledger import Contribution
 from lora_merge.statement import SCHEMA_VERSION, Statement, StatementError
 
@@ -23,12 +24,8 @@ _CONFIG = ("task_type", "fan_in_fan_out", "bias", "target_parameters")
 _STATED = ("base_model", "seed_lora_A")
 
 
-class ClaimsError(ValueError):
+class ClaimsError(Malformed):
     """What a ledger says of a client is malformed. ``field`` names the entry."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 def claims_of(client: Description) -> dict[str, Any]:

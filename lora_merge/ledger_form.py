@@ -7,16 +7,14 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
+from lora_merge.errors import Malformed
+
 T = TypeVar("T")
 Form: TypeAlias = Callable[[str, Any], T]
 
 
-class LedgerError(ValueError):
+class LedgerError(Malformed):
     """A ledger is malformed. ``field`` names the entry."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 def entries_of(kind: type[T], place: str, data: Any, forms: Mapping[str, Form[Any]]) -> T:

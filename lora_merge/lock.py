@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lora_merge.errors import Malformed
+
 FILE_NAME = "lora-merge.lock"
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 24
@@ -22,12 +24,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
-class LockError(ValueError):
+class LockError(Malformed):
     """A lock file is malformed. ``field`` names the entry."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field, self.reason = field, reason
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lora_merge.errors import Malformed
+
 FILE_NAME = "lora_merge.json"
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 20
@@ -20,13 +22,8 @@ _HEX = re.compile(r"[0-9a-f]{40,64}")
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 
 
-class StatementError(ValueError):
+class StatementError(Malformed):
     """A statement is malformed. ``field`` names the entry."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
 
 
 @dataclass(frozen=True)

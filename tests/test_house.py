@@ -29,7 +29,8 @@ ROWS = (
     ("agreement", "options", "sources"),
     ("card", "checkpoint", "environment", "hub"),
     ("aggregation", "ledger", "lock", "recipe"),
-    ("adapter", "errors", "ledger_form", "recipe_form", "statement"),
+    ("adapter", "ledger_form", "recipe_form", "statement"),
+    ("errors",),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.errors import Malformed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,13 +31,8 @@ ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 
 
-class FileRefused(ValueError):
+class FileRefused(Malformed):
     """A file breaks our rules. ``field`` is the tensor or the part of the file, ``reason`` says why."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
