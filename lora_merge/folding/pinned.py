@@ -58,5 +58,5 @@ def candidates_again(rooms: Rooms, missing: Sequence[Contribution]) -> list[Cand
 def _gone(why: str, reason: str) -> NotFoundError:
     return NotFoundError(
         f"Nothing was changed. All clients must be merged again, since {why}; but not all are there: {reason}",
-        hint="Name the clients' folders among the sources too, or merge without --onto what is left of them.",
+        hint="Name the clients' folders among the sources too, or merge what is left of them anew.",
     )

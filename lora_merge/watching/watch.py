@@ -37,6 +37,8 @@ def watch(
     """Fold each arrival of `sources` into `onto`, as it appears, and yield what happens.
 
     A network that fails is waited out; an arrival that is refused stays out until its commit (or its files) change.
+    Where the stops are at somebody who is in already, it is the arrival that stays out, naming them, until who is in
+    changes: others may come in meanwhile, and no arrival can end a watch.
 
     Args:
         onto: a folder, or a repository of the Hub; it is made by the first arrival where there is none.

@@ -27,6 +27,7 @@ from lora_merge.screening.weighing import cap_in
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import Rooms, open_rooms
 from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
+from lora_merge.watching.refusing import blamed, refusal_of
 from lora_merge.watching.sight import (
     Hashes,
     Now,
@@ -51,6 +52,7 @@ class Watcher:
         doubted: how often a version was refused for what is wrong with the global adapter, which others may replace.
         with_files: whether folding needs their files: a ledger does not say where a folder lay.
         refused: the version of each place that was refused.
+        blocked: places refused since somebody who is in stands against them: tried again when those who are in change.
         been_in: the version of each place that was seen in the global adapter.
         said: what was told, so that it is told once.
     """
@@ -68,6 +70,7 @@ class Watcher:
     now: Now | None = None
     hashes: Hashes = field(default_factory=Hashes)
     refused: dict[str, str] = field(default_factory=dict)
+    blocked: set[str] = field(default_factory=set)
     been_in: dict[str, str] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
     at_hand: list[AdapterRef] = field(default_factory=list)
@@ -134,6 +137,10 @@ class Watcher:
                 f"{source} was taken out of {self.place.name}. It stays out while this watch runs, unless it changes; "
                 f"with --exclude {source}, for good."
             )
+        if self.now and self.now.contributions != now.contributions:
+            for place in self.blocked:
+                self.refused.pop(place, None)
+            self.blocked.clear()
         self.now = now
         return now
 
@@ -266,16 +273,18 @@ class Watcher:
         self.with_files = True
         return made
 
-    def _left(self, ref: AdapterRef, version: str, reason: str, hint: str = "") -> Refusal:
+    def _left(self, ref: AdapterRef, version: str, reason: str) -> Refusal:
         self.refused[ref.place] = version
-        return Refusal(ref.source, ref.commit, reason, hint)
+        return Refusal(ref.source, ref.commit, reason, "")
 
     def _refusal(self, ref: AdapterRef, version: str, error: LoraMergeError) -> Refusal:
-        if isinstance(error, RefusedError):
-            reason = "; ".join(f"{problem.field}: {problem.reason}" for problem in error.problems)
-        else:
-            reason = error.message
-        return self._left(ref, version, reason, error.hint)
+        contributions = self.now.contributions if self.now else ()
+        own = {each.client_id for each in of_same_source(ref, contributions)}
+        others = {each.client_id for each in contributions} - own
+        self.refused[ref.place] = version
+        if blamed(error, others):
+            self.blocked.add(ref.place)
+        return refusal_of(ref, error, others, self.place.name)
 
     def _tell_once(self, *lines: str) -> None:
         for line in lines:

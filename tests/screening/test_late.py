@@ -274,6 +274,48 @@ def test_a_watch_names_whom_the_stops_keep_out_and_looks_again_when_they_change(
     assert [event.client for event in events if isinstance(event, Arrival)] == ["org/g", "org/e"]
 
 
+def test_a_watch_names_who_is_in_and_keeps_an_arrival_out_until_they_are_not(four: list[Path], tmp_path: Path) -> None:
+    onto, time = tmp_path / "global", [0.0]
+    bad = hostile(tmp_path / "h", "num_examples")
+    for folder in (bad, *four[:2]):
+        fold([folder], onto)
+
+    def wait(seconds: float) -> None:
+        if not time[0]:
+            fold([], onto, withdraw=["org/h"])
+        time[0] += seconds
+
+    events = list(watch([str(four[2]), str(four[3])], onto, seconds=200, interval=10, wait=wait, clock=lambda: time[0]))
+    refused = [event for event in events if isinstance(event, Refusal)]
+    assert [each.source for each in refused] == ["c", "d"]
+    for each in refused:
+        assert each.reason.startswith("org/h: num_examples: states 1e+18")
+        assert f"lora-merge aggregate --onto {onto} --withdraw org/h" in each.hint
+        assert "--allow-dominant" in each.hint
+    assert [event.client for event in events if isinstance(event, Arrival)] == ["org/c", "org/d"]
+    require_one_merge(onto, four)
+
+
+def test_the_hints_of_a_watch_name_only_its_own_options(onto: Path, tmp_path: Path) -> None:
+    poison(late(tmp_path / "in" / "nan"), float("nan"))
+    hostile(tmp_path / "in" / "f", "num_examples")
+    hostile(tmp_path / "in" / "g", "update")
+    late(tmp_path / "in" / "silent", num_examples=None)
+    time = [0.0]
+
+    def wait(seconds: float) -> None:
+        time[0] += seconds
+
+    events = watch([str(tmp_path / "in" / "*")], onto, seconds=20, interval=10, wait=wait, clock=lambda: time[0])
+    hints = {event.source: event.hint for event in events if isinstance(event, Refusal)}
+    assert hints == {
+        "f": "To let it in, watch with --allow-dominant.",
+        "g": "To let it in, watch with --allow-outliers.",
+        "nan": "It is looked at again when it changes.",
+        "silent": "It is looked at again when it changes.",
+    }
+
+
 def test_a_watch_leaves_out_copies_where_it_is_asked_to(onto: Path, tmp_path: Path) -> None:
     late(tmp_path / "clients" / "e", seed=1)
     time = [0.0]
