@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,8 +42,9 @@ from lora_merge.cli.screening import (
     screening_of,
 )
 from lora_merge.cli.settings_file import without_those_typed_over
+from lora_merge.cli.sources import sources_of
 from lora_merge.cli.weights import weights_given
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,7 +156,7 @@ def aggregate(
         parts = {"weights": weights, "weight": weight, "rank": rank, "energy": energy, "density": density}
         of = without_those_typed_over(context, parts | {"byzantine": byzantine, "trim": trim})
         chosen = weights_given(of["weights"], of["weight"] or [])
-        named = list(_named(sources or []))
+        named = sources_of(sources)
         screening = screening_of(
             cap_examples, allow_dominant, allow_outliers, allow_list, drop_duplicates, exclude, skip_rejected
         )
@@ -206,18 +206,6 @@ def aggregate(
         pushed = publish_result(out, output, target, max_wait)
         record = _as_json(result, seconds) | push_record(pushed)
         out.result(record, made=str(output), show=lambda: _table(result, seconds, push_summary(pushed)))
-
-
-def _named(sources: list[str]) -> Iterator[str]:
-    """The sources, with the lines of standard input in the place of `-`."""
-    for source in sources:
-        if source != "-":
-            yield source
-            continue
-        lines = [line for text in sys.stdin.read().splitlines() if (line := text.strip()) and not line.startswith("#")]
-        if not lines:
-            raise NotFoundError("Standard input names no adapter.", hint="One source a line.")
-        yield from lines
 
 
 def _require_no_lock(lock: Path | None, locked: bool) -> None:

@@ -12,6 +12,7 @@ from lora_merge.cli.heat_map import heat_map, shades
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain, printable
 from lora_merge.cli.screening import AllowListOption, ExcludeOption
 from lora_merge.cli.sizes import size_text
+from lora_merge.cli.sources import sources_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -23,7 +24,9 @@ LONGEST_NAME = 20
 
 
 def inspect(
-    sources: Annotated[list[str], typer.Argument(help="Folders, ORG/NAME, 'ORG/PATTERN-*', URLs, as in aggregate.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Folders, ORG/NAME, 'ORG/PATTERN-*', URLs, or - for ids on standard input.")
+    ],
     allow_list: AllowListOption = None,
     exclude: ExcludeOption = None,
     max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
@@ -45,7 +48,7 @@ def inspect(
 
         screening = Screening(allow_list=allow_list, exclude=tuple(exclude or ()))
         reading = Reading(max_wait, out.say, out.progress)
-        found = run(cast("list[str | Path]", sources), screening=screening, reading=reading)
+        found = run(cast("list[str | Path]", sources_of(sources)), screening=screening, reading=reading)
         for warning in found.warnings:
             out.warn(warning)
         made = [_pin(client) for client in found.clients if not client.stops]

@@ -1,6 +1,5 @@
 """`lora-merge watch`: fold each arrival as it appears."""
 
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from lora_merge.cli.screening import (
     ExcludeOption,
 )
 from lora_merge.cli.settings_file import without_those_typed_over
+from lora_merge.cli.sources import require_no_standard_input, sources_of
 from lora_merge.cli.tally import Tally, end, show
 from lora_merge.errors import UsageError
 
@@ -101,8 +101,8 @@ def watch(
     Example: lora-merge watch 'org/client-*' --onto org/global --until 20
     """
     out = Output(as_json, quiet, debug, lines=True)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the library's own, across our table
     with out.reporting(resume="The same command goes on: what is in is in."):
+        require_no_standard_input(sources)
         seconds = None if duration is None else seconds_of(duration)
         from lora_merge.intake import Reading
         from lora_merge.screening.stops import Screening
@@ -118,7 +118,7 @@ def watch(
         rank = without_those_typed_over(context, {"rank": rank})["rank"]
         options = {"method": method, "rank": rank, "weights": weights, "base": base, "dtype": dtype, "device": device}
         events = run(
-            sources,
+            sources_of(sources),
             onto,
             until=until,
             seconds=seconds,

@@ -77,15 +77,19 @@ def _folders(source: str) -> list[Path]:
         return matches
     if path.exists():
         raise NotFoundError(f"{source} is a file; a source is the folder that holds adapter_config.json.")
-    raise NotFoundError(f"No folder matches {source}.", hint=_suggestion(path))
+    raise NotFoundError(f"No folder matches {source}.", hint=near_misses(path))
 
 
-def _suggestion(path: Path) -> str:
+def near_misses(path: Path) -> str:
+    """The adapters beside `path` whose names are like its own, or that are all there are beside a pattern."""
     if not path.parent.is_dir():
         return f"{path.parent} is not a folder."
-    folders = [entry.name for entry in path.parent.iterdir() if (entry / CONFIG_NAME).is_file()]
+    folders = sorted(one_line(entry.name) for entry in path.parent.iterdir() if (entry / CONFIG_NAME).is_file())
     near = difflib.get_close_matches(path.name.strip("*"), folders, n=3, cutoff=0.4)
-    return f"Did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else ""
+    if near:
+        return f"Did you mean {', '.join(str(path.parent / name) for name in near)}?"
+    shown = ", ".join(folders[:3]) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")
+    return f"Adapters there: {shown}." if folders else f"No folder in {path.parent.resolve()} holds an adapter."
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.errors import NetworkError, NotFoundError, StorageError, UsageError, one_line
 from lora_merge.sources.filesystems import FilesystemRoom
-from lora_merge.sources.local import LocalRoom, is_folder, names_of
+from lora_merge.sources.local import LocalRoom, is_folder, names_of, near_misses
 from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_WAIT = 300.0  # seconds
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
+_WILD = re.compile(r"[*?\[]")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -72,9 +73,7 @@ class Rooms:
         try:
             found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
         except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
-            patterns = [text for _, text in named if _ON_THE_HUB.fullmatch(text) and "*" in text]
-            if patterns:
-                error.hint = f"No folder here is called {', '.join(patterns[:5])} either. {error.hint}".strip()
+            error.hint = f"{self._other_reading(named)} {error.hint}".strip()
             raise
         refs = [ref for each in found for ref in each]
         _refuse_twice(refs)
@@ -134,10 +133,22 @@ class Rooms:
             return "folder"
         return "repository" if room is vars(self).get("_hub") else "url"
 
+    def _other_reading(self, named: Sequence[tuple[Room, str]]) -> str:
+        """What to say of those sources that could have meant the other place."""
+        either = [(room, text) for room, text in named if _ON_THE_HUB.fullmatch(text) and not is_folder(text)]
+        hub = vars(self).get("_hub")
+        asked = [text for room, text in either if room is hub and ("*" in text or _owner_is_here(text))]
+        sought = [f"hf://{text}" for room, text in either if room is not hub]
+        near = near_misses(Path(asked[0])) if asked and _owner_is_here(asked[0]) else ""
+        there = [f"No folder here is called {', '.join(asked[:5])} either.", near] if asked else []
+        return " ".join([*there, f"Of the Hub: {', '.join(sought[:5])}" if sought else ""]).strip()
+
     def _room(self, source: str | Path) -> Room:
         text = str(source)
         if isinstance(source, Path):
             return self._local
+        if not text.strip():
+            raise UsageError("A source is empty.", hint="Is a variable of the shell not set?")
         if text.startswith("hf://"):
             return self._hub
         if "://" in text:
@@ -148,8 +159,8 @@ class Rooms:
             if _REPOSITORY.fullmatch(text) and text not in self._taken_here:
                 self._taken_here.append(text)
             return self._local
-        if Path(text.partition("/")[0]).is_dir() or Path(text).exists():
-            return self._local  # which says what is wrong with it
+        if Path(text).exists() or (_WILD.search(text) and _owner_is_here(text)):
+            return self._local  # a file, or where arrivals are waited for; which says what is missing
         return self._hub
 
     @cached_property
@@ -166,6 +177,11 @@ class Rooms:
         from lora_merge.sources.hub import HubRoom
 
         return HubRoom(self._stack.enter_context(hub_session(self._max_wait, self._tell)), self._pins)
+
+
+def _owner_is_here(text: str) -> bool:
+    """Whether the part before the slash is a folder here."""
+    return Path(text.partition("/")[0]).is_dir()
 
 
 def _silent() -> AbstractContextManager[Advance]:

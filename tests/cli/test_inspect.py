@@ -1,5 +1,6 @@
 """`lora-merge inspect`: a table before merging, of every adapter, the refused ones too."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,38 @@ def test_hostile_names_reach_no_terminal(lora_merge: Run, tmp_path: Path) -> Non
     assert not any(line.startswith("refused") for line in out.splitlines())
 
 
-def test_nothing_there_is_not_found(lora_merge: Run) -> None:
-    assert lora_merge("inspect", "none-*")[0] == 4
+def test_nothing_there_is_not_found_and_what_there_is_is_named(lora_merge: Run, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    code, _, err = lora_merge("inspect", "none-*")
+    assert (code, err.splitlines()[1]) == (4, f"hint: No folder in {tmp_path} holds an adapter.")
+    for name in "abcd":
+        client(tmp_path / name)
+    assert "hint: Adapters there: a, b, c and 1 more." in lora_merge("inspect", "zzz*")[2]
+    client(tmp_path / "none-1")
+    assert "hint: Did you mean none-1?" in lora_merge("inspect", "nnoe")[2]
+
+
+@pytest.mark.usefixtures("four")
+def test_ids_may_come_from_standard_input(lora_merge: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("# ours\nb\n\n  c\n"))
+    assert lora_merge("inspect", "a", "-", "-q")[:2] == (0, "a\nb\nc\n")
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("command", ["inspect", "aggregate", "check", "watch"])
+def test_an_empty_source_is_not_the_folder_one_is_in(command: str, lora_merge: Run, tmp_path: Path) -> None:
+    more = {"aggregate": ("-o", "global"), "watch": ("--onto", "global", "--until", "1")}.get(command, ())
+    for path in (tmp_path / "a").iterdir():
+        path.rename(tmp_path / path.name)
+    code, out, err = lora_merge(command, "", *more)
+    assert (code, out) == (2, "")
+    assert "A source is empty." in err
+
+
+def test_watch_takes_no_standard_input(lora_merge: Run) -> None:
+    code, _, err = lora_merge("watch", "-", "--onto", "global")
+    assert code == 2
+    assert "it takes none from standard input" in err
 
 
 def test_the_map_has_a_character_for_each_step() -> None:

@@ -187,3 +187,16 @@ def test_two_repositories_that_claim_one_id_are_refused(hub: LocalHub, pull_once
     ran = pull_once("org/client-*", "-o", "global")
     assert ran.code == 3
     assert "org/client-1: client_id: org/client-0 is claimed by org/client-0 too" in ran.err
+
+
+def test_a_folder_of_an_organisations_name_hides_none_of_its_repositories(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 2)
+    write(pull_once.folder / "org" / "global", adapter("org/global"))
+    ran = pull_once("org/client-0", "--dry-run", "--json")
+    assert [client["commit"] is None for client in ran.json["clients"]] == [False]
+    ran = pull_once("org/globl", "--dry-run")
+    assert ran.code == 4
+    assert "No folder here is called org/globl either. Did you mean org/global?" in ran.err
+    ran = pull_once("org/client-*", "--dry-run")  # clients to come may be waited for there
+    assert ran.code == 4
+    assert "Of the Hub: hf://org/client-*" in ran.err
