@@ -19,7 +19,10 @@ AllowOutliersOption = Annotated[
     bool, typer.Option("--allow-outliers", help="Go on where one update is far larger than the others.")
 ]
 AllowListOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Refuse every source that is not in this file: one a line, or a *.")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Refuse every source not in this file: one a line, or a *. Client ids let none in."
+    ),
 ]
 DropDuplicatesOption = Annotated[
     bool, typer.Option("--drop-duplicates", help="Of equal or nearly equal updates, keep the first by client id.")

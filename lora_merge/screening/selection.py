@@ -60,8 +60,8 @@ def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]
     for ref in refs:
         if entry := _matching(selection.screening.exclude, _names(ref)):
             selection.leave_out(ref, f"excluded by {entry}")
-        elif allowed is not None and not is_folder(ref) and not _matching(allowed, _names(ref)):
-            selection.refuse(ref, [_unlisted(ref.source)])
+        elif allowed is not None and not _matching(allowed, _names(ref)):
+            selection.refuse(ref, [Problem(ref.source, "allow-list", "is not on it")])
         else:
             taking_part.append(ref)
     return taking_part
@@ -69,14 +69,11 @@ def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]
 
 def by_client_id(candidates: Sequence[Candidate], selection: Selection) -> dict[str, Candidate]:
     """Those that take part by their client ids, sorted by them; an id that two sources claim is refused."""
-    allowed = read_list(selection.screening.allow_list)
     claims: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         ref, client = candidate.ref, client_id(candidate)
         if entry := _matching(selection.screening.exclude, [client]):
             selection.leave_out(ref, f"{client} is excluded by {entry}", client)
-        elif allowed is not None and not _matching(allowed, [*_names(ref), *([client] if is_folder(ref) else [])]):
-            selection.refuse(ref, [_unlisted(ref.source)])
         else:
             claims.setdefault(client, []).append(candidate)
     return {client: owner for client in sorted(claims) if (owner := _owner(client, claims[client], selection))}
@@ -100,15 +97,15 @@ def client_id(candidate: Candidate) -> str:
 
 
 def is_folder(ref: AdapterRef) -> bool:
-    """Whether an adapter lies on this machine: then the user chose it, and its id may be taken at its word."""
+    """Whether an adapter lies on this machine."""
     return ref.commit is None and "://" not in ref.place
 
 
 def read_list(path: str | Path | None) -> list[str] | None:
     """The entries of an allow-list: one a line, `#` begins a comment; None where no list is given.
 
-    An entry is a source, `SOURCE@COMMIT`, or a pattern of them (`org/hospital-*`). For folders it may be the client
-    id; elsewhere it may not, since anybody can state any id.
+    An entry is a source, `SOURCE@COMMIT`, or a pattern of them (`org/hospital-*`); it is no client id, since anybody
+    can state any id.
 
     Raises:
         NotFoundError: there is no such file.
@@ -116,10 +113,12 @@ def read_list(path: str | Path | None) -> list[str] | None:
     """
     if path is None:
         return None
+    if Path(path).is_dir():
+        raise UsageError(f"The allow-list {path} is a folder.", hint="--allow-list takes a file: one source a line.")
     if not Path(path).is_file():
         raise NotFoundError(f"No such allow-list: {path}.", hint="--allow-list takes a file: one source a line.")
     try:
-        lines = [line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UsageError(f"The allow-list {path} is not UTF-8 text.") from error
     if not any(lines):
@@ -139,10 +138,6 @@ def _matching(entries: Iterable[str], names: Iterable[str]) -> str | None:
     forms = {entry: entry.removeprefix("./").rstrip("/") for entry in entries}  # a shell completes folders with a slash
     fits = (e for e, form in forms.items() if any(form == name or fnmatchcase(name, form) for name in names))
     return next(fits, None)
-
-
-def _unlisted(source: str) -> Problem:
-    return Problem(source, "allow-list", "is not on it")
 
 
 def _owner(client: str, claims: Sequence[Candidate], selection: Selection) -> Candidate | None:

@@ -181,10 +181,10 @@ def test_weights_may_name_who_is_left_out(lora_merge: Run, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("four")
 def test_an_allow_list_lets_in_whom_it_names(lora_merge: Run, tmp_path: Path) -> None:
-    (tmp_path / "allowed").write_text("# the hospitals\norg/a\nb   # by its folder\norg/[c]\n\n")
+    (tmp_path / "allowed").write_text("\ufeff./a/\n# the hospitals\nb   # of the north\n[c]\norg/d\n\n")
     code, _, err = lora_merge("aggregate", "[abcd]", "-o", "global", "--allow-list", "allowed")
     assert code == 3
-    assert "d: allow-list: is not on it" in err
+    assert "d: allow-list: is not on it" in err  # org/d is what it states, as anybody may
     assert lora_merge("aggregate", "[abcd]", "-o", "global", "--allow-list", "allowed", "--skip-rejected")[0] == 0
     assert list(weights()) == ["org/a", "org/b", "org/c"]
 
@@ -198,6 +198,7 @@ def test_an_allow_list_lets_in_whom_it_names(lora_merge: Run, tmp_path: Path) ->
         (("--allow-list", "no-such-file"), 4, "No such allow-list"),
         (("--allow-list", "a/lora_merge.json"), 3, "is not on it"),
         (("--allow-list", "empty"), 2, "lists nobody"),
+        (("--allow-list", "a"), 2, "The allow-list a is a folder."),
         (("--cap-examples", "lots"), 2, "--cap-examples must be a number above 0"),
     ],
 )
