@@ -34,7 +34,8 @@ def merge_lines(ledger: Ledger) -> Iterator[str]:
     yield f"* Against {ledger.aim}: {ledger.certificate.sentence()}."
     if ledger.from_mean is not None:
         yield f"* That is {ledger.from_mean['relative_error']:.2%} away from the plain weighted mean."
-    if ledger.method == "exact" and ledger.certificate.measured_by != "off":
+    folded = ledger.parent and ledger.certificate.fedavg_would_miss is None  # a fold has not what that is measured on
+    if ledger.method == "exact" and ledger.certificate.measured_by != "off" and not folded:
         yield f"* Averaging lora_A and lora_B apart would have missed it by: {ledger.certificate.gap_sentence()}."
     if ledger.ranks:
         yield f"* Rank: {_range(ledger.ranks)}."

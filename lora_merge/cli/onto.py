@@ -127,6 +127,8 @@ def _table(
         if clients := getattr(result, name):
             table.add_row(name, plain(", ".join(clients)))
     for name, value in rows(result.ledger):
+        if name == "fedavg would miss" and result.ledger.certificate.fedavg_would_miss is None:
+            continue  # a fold has only one side of that comparison at hand
         table.add_row(name, plain(value))
     if published:
         table.add_row("published", plain(published.strip()))

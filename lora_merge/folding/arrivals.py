@@ -1,12 +1,13 @@
 """What sources bring to a global adapter: what it has already, what is new, what takes an old one's place."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_merge.aggregation.weights import Weights
-from lora_merge.checkpoint.peft_folder import PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, PeftFolder, open_folder
 from lora_merge.errors import NotFoundError, Problem, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
@@ -15,8 +16,10 @@ from lora_merge.screening.stops import cap_of, let_in
 from lora_merge.screening.weighing import Weighed, cap_in, weighed
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms
+from lora_merge.statement import FILE_NAME as STATEMENT_NAME
 
 Contributions = Mapping[str, Contribution]
+MANY = 20  # clients that an error lists
 RULES = ("examples", "uniform", "given")  # the first one with a cap or without
 
 
@@ -117,17 +120,35 @@ def _candidates(
 def withdrawn(names: Sequence[str], contributions: Contributions, place: str) -> set[str]:
     """The clients that `names` name, by id or source.
 
+    A folder may be named by its path, as far as the short name that a ledger keeps of it tells it from the others.
+
     Raises:
         NotFoundError: a name is nobody's.
+        UsageError: a path may be that of several.
     """
     found = set()
     for name in names:
-        clients = {client for client, each in contributions.items() if name in (client, each.source)}
+        clients = {client for client, each in contributions.items() if name == each.source}
+        clients = {name} if name in contributions else clients or _of_path(name, contributions)
         if not clients:
-            shown = ", ".join(list(contributions)[:5]) + (", …" if len(contributions) > 5 else "")
-            raise NotFoundError(f"{name} is not in {place}, which holds {shown}.")
+            shown = ", ".join(f"{client} (from {each.source})" for client, each in [*contributions.items()][:MANY])
+            more = f" and {len(contributions) - MANY} more" if len(contributions) > MANY else ""
+            raise NotFoundError(f"{name} is not in {place}, which holds {shown}{more}.")
+        if len(clients) > 1:
+            raise UsageError(
+                f"--withdraw {name} may be any of {', '.join(sorted(clients))}.", hint="Name its client id."
+            )
         found |= clients
     return found
+
+
+def _of_path(path: str, contributions: Contributions) -> set[str]:
+    """Those that came from a folder at `path`, as far as their short names say."""
+    if "://" in path:
+        return set()
+    paths = os.path.abspath(path), os.path.realpath(path)
+    folders = {client: each.source for client, each in contributions.items() if not each.commit}
+    return {client for client, source in folders.items() if any(one.endswith(f"/{source}") for one in paths)}
 
 
 def weights_of_arrivals(
@@ -138,13 +159,12 @@ def weights_of_arrivals(
     Raises:
         UsageError: another rule, another weight for one that stays, or none for a new one.
     """
-    rule = weights if weights is None or isinstance(weights, str) else "given"
-    cap = cap_in(ledger.weighting)
-    made_by = ledger.weighting if cap is None else "examples"
-    if made_by not in RULES or rule not in (None, made_by):
+    require_rule(ledger, weights, selection.screening.cap_examples)
+    cap, made_by = cap_in(ledger.weighting), _rule_of(ledger)
+    if made_by not in RULES:
         raise UsageError(
-            f"The global adapter is weighted by {ledger.weighting}; its arrivals cannot be by {rule or 'that'}.",
-            hint="Leave --weights out, or merge all clients anew without --onto.",
+            f"The global adapter is weighted by {ledger.weighting}; its arrivals cannot be by that.",
+            hint="Merge all clients anew without --onto.",
         )
     if not arrivals.new:
         return Weighed({}, ledger.weighting)
@@ -152,7 +172,8 @@ def weights_of_arrivals(
         if made_by == "given":
             hint = " ".join(f"--weight {candidate.ref.source}=NUMBER" for candidate in arrivals.candidates.values())
             raise UsageError("The global adapter's weights were given by hand; so must be its arrivals'.", hint=hint)
-        require_cap(selection.screening.cap_examples, cap)
+        if made_by == "examples":
+            _require_counts(arrivals.candidates)
         capped = replace(selection, screening=replace(selection.screening, cap_examples=cap))
         before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
         waved = let_in(ledger.waved_through, "num_examples", before)
@@ -162,6 +183,38 @@ def weights_of_arrivals(
         if weights[name] != names[name].weight:
             raise UsageError(f"{name} is in with the weight {names[name].weight:g}, which stays as it is.")
     return weighed(arrivals.candidates, {name: n for name, n in weights.items() if name not in names}, selection)
+
+
+def require_rule(ledger: Ledger, weights: Weights | None, cap_examples: str | float | None) -> None:
+    """Raise `UsageError` where weights or a cap are chosen that the global adapter was not made with."""
+    rule = weights if weights is None or isinstance(weights, str) else "given"
+    if rule not in (None, _rule_of(ledger)):
+        raise UsageError(
+            f"The global adapter is weighted by {ledger.weighting}; its arrivals cannot be by {rule}.",
+            hint="Leave --weights out, or merge all clients anew without --onto.",
+        )
+    require_cap(cap_examples, cap_in(ledger.weighting))
+
+
+def _rule_of(ledger: Ledger) -> str:
+    return ledger.weighting if cap_in(ledger.weighting) is None else "examples"
+
+
+def _require_counts(candidates: Mapping[str, Candidate]) -> None:
+    """Raise `UsageError` where an arrival states no num_examples, by which all those before were weighted."""
+    for client, candidate in candidates.items():
+        statement = candidate.description.statement
+        if statement is not None and statement.num_examples is not None:
+            continue
+        if LEDGER_NAME in candidate.files:
+            raise UsageError(
+                f"{client} is itself a merged adapter: it has the {LEDGER_NAME} of its clients, and no num_examples.",
+                hint="Fold in its clients, each on its own.",
+            )
+        raise UsageError(
+            f"{client} states no num_examples, by which those who are in are weighted.",
+            hint=f"Let its {STATEMENT_NAME} state it, or merge all clients anew without --onto, with --weights.",
+        )
 
 
 def require_cap(chosen: str | float | None, cap: float | None) -> None:

@@ -19,7 +19,7 @@ from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME
 from lora_merge.checkpoint.planned import CertificateMode, Measured, Settings
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
-from lora_merge.folding.arrivals import arriving, refs_of, weights_of_arrivals, withdrawn
+from lora_merge.folding.arrivals import arriving, refs_of, require_rule, weights_of_arrivals, withdrawn
 from lora_merge.folding.by_mean import bound
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
@@ -206,7 +206,7 @@ def _write(
     before, federation = change.before, parts.federation
     if settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "blocks":
         settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
-    elif settings.certificate != "off" and parts.again is None and METHODS[settings.method].folds == "mean":
+    elif settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "mean":
         settings = replace(settings, certificate="exact")  # an estimate would make no bound
     with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True) as work:
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
@@ -255,6 +255,9 @@ def settings_of(ledger: Ledger, how: How) -> Settings:
         UsageError: an option is another one, or it was made in a way that cannot be folded.
     """
     require_folds(ledger.method, ledger.options.get("rank"))
+    require_rule(ledger, how.weights, how.screening.cap_examples if how.screening else None)
+    if how.certificate == "probes" and METHODS[ledger.method].folds == "mean":
+        raise UsageError("--certificate probes is an estimate, and a folded mean keeps a bound: it is exact or off.")
     known = {name: value for name, value in ledger.options.items() if name in asdict(Options())}
     if other := sorted(name for name, value in ledger.options.items() if value and name not in known):
         raise UsageError(f"It was merged with {', '.join(other)}, which needs all clients at once.")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
-from lora_merge.errors import RefusedError, UsageError
-from lora_merge.folding.onto import fold
+from lora_merge.errors import NotFoundError, RefusedError, UsageError
+from lora_merge.folding.onto import fold, plan
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import cap_in, capped_by
 from lora_merge.verify import verify
@@ -171,6 +171,48 @@ def test_a_cap_is_folded_on(four: list[Path], tmp_path: Path) -> None:
 def test_a_cap_that_the_global_adapter_was_not_made_with_is_refused(onto: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="made without one"):
         fold([late(tmp_path / "e")], onto, screening=Screening(cap_examples="5x"))
+
+
+@pytest.mark.parametrize("options", [{"screening": Screening(cap_examples=20)}, {"weights": "uniform"}])
+def test_settings_that_differ_are_refused_where_nothing_is_new_too(
+    onto: Path, four: list[Path], options: dict[str, Any]
+) -> None:
+    for sources in (four, []):
+        with pytest.raises(UsageError, match=r"made without one|weighted by examples"):
+            fold(sources, onto, **options)
+        with pytest.raises(UsageError, match=r"made without one|weighted by examples"):
+            plan(sources, onto, **options)
+
+
+def test_whoever_states_no_examples_is_told_what_helps_here(onto: Path, four: list[Path], tmp_path: Path) -> None:
+    merged = aggregate(four[:1], tmp_path / "merged").output
+    with pytest.raises(UsageError, match="merged is itself a merged adapter") as caught:
+        fold([merged], onto)
+    assert "uniform" not in caught.value.hint
+    with pytest.raises(UsageError, match="states no num_examples") as caught:
+        fold([late(tmp_path / "silent", num_examples=None)], onto)
+    assert "uniform" not in caught.value.hint
+
+
+def test_a_client_is_withdrawn_by_its_path_too(onto: Path, four: list[Path], tmp_path: Path, lora_merge: Run) -> None:
+    with pytest.raises(NotFoundError, match=r"which holds org/a \(from a\), .*org/d \(from d\)\."):
+        fold([], onto, withdraw=[str(tmp_path / "z")])
+    assert fold([], onto, withdraw=[str(four[0])]).withdrawn == ["org/a"]
+    assert lora_merge("aggregate", "--onto", "global", "--withdraw", f"../{tmp_path.name}/b/")[0] == 0
+    assert members(onto) == ["c", "d"]
+
+
+def test_an_estimate_is_refused_where_a_mean_keeps_a_bound(four: list[Path], tmp_path: Path) -> None:
+    onto = fold(four[:2], tmp_path / "svd", method="svd", rank=4).output
+    with pytest.raises(UsageError, match="--certificate probes"):
+        fold(four[2:], onto, certificate="probes")
+
+
+def test_a_fold_says_nothing_of_what_fedavg_would_miss(onto: Path, tmp_path: Path, lora_merge: Run) -> None:
+    assert "lora_A and lora_B apart" in (onto / "README.md").read_text()
+    late(tmp_path / "e")
+    assert "fedavg would miss" not in lora_merge("aggregate", "e", "--onto", "global")[1]
+    assert "lora_A and lora_B apart" not in (onto / "README.md").read_text()
 
 
 @pytest.mark.parametrize("cap", [400.0, 0.1, 1234567.5, 1e300])
