@@ -91,7 +91,7 @@ class Lock:
             base_model=None if data["base_model"] is None else _text("base_model", data["base_model"]),
             environment=_texts("environment", data["environment"]),
             versions=_texts("versions", data["versions"]),
-            folded=_groups(data.get("folded", []), clients.keys()) or (),
+            folded=_groups(data["folded"], clients.keys()) if "folded" in data else (),
         )
 
     def differences(self, other: "Lock") -> list[str]:
@@ -132,11 +132,11 @@ def _input(name: str, data: Any) -> LockedInput:
 
 
 def _groups(value: Any, clients: Collection[str]) -> list[list[str]]:
-    """The groups of `folded`: of the inputs' ids, each once, or none at all."""
-    if not isinstance(value, list) or not all(isinstance(group, list) and group for group in value):
+    """The groups of `folded`, which name each input once; a lock of one merge leaves the entry out."""
+    if not isinstance(value, list) or not value or not all(isinstance(group, list) and group for group in value):
         raise LockError("folded", "must be a list of lists of client ids")
     found = [_text("folded", client) for group in value for client in group]
-    if value and (len(found) != len(clients) or set(found) != set(clients)):
+    if len(found) != len(clients) or set(found) != set(clients):
         raise LockError("folded", "must name every input once")
     return [list(group) for group in value]
 
