@@ -20,9 +20,7 @@ AllowOutliersOption = Annotated[
 ]
 AllowListOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Refuse every source not in this file: one a line, or a *. Client ids let none in."
-    ),
+    typer.Option(metavar="FILE", help="Refuse every source not in this file: one a line, or a *; no client ids."),
 ]
 DropDuplicatesOption = Annotated[
     bool, typer.Option("--drop-duplicates", help="Of equal or nearly equal updates, keep the first by client id.")

@@ -65,13 +65,18 @@ def median_of(numbers: Sequence[float]) -> float:
 
 
 def dominant(
-    counts: Mapping[str, float], before: Mapping[str, float] | None = None, let_in: Collection[str] = ()
+    counts: Mapping[str, float],
+    before: Mapping[str, float] | None = None,
+    let_in: Collection[str] = (),
+    *,
+    stated: Mapping[str, float] | None = None,
 ) -> list[Problem]:
     """The clients whose count is above five times the median, or above half of the total; from four clients on.
 
     Args:
         before: counts of clients that are in already, which are judged anew: who came first had nobody beside him.
         let_in: those of them that the user let in knowingly.
+        stated: what they state, where `counts` are what that is capped to.
     """
     usual = {**(before or {}), **counts}
     if len(usual) < FEW_COUNTS:
@@ -80,7 +85,9 @@ def dominant(
     found = []
     for client, count in usual.items():
         if client not in let_in and (count > TIMES_MEDIAN * median or count > total / 2):
-            said = f"states {count:g}: {count / median:.3g} times the median of {median:g}, {count / total:.0%} of all"
+            own = (stated or {}).get(client, count)
+            said = f"states {own:g}{f' and counts as {count:g}' if own != count else ''}: "
+            said += f"{count / median:.3g} times the median of {median:g}, {count / total:.0%} of all"
             found.append(Problem(client, "num_examples", said + _where(client, counts)))
     return found
 

@@ -55,7 +55,7 @@ def weighed(
         return Weighed(n, weights if isinstance(weights, str) else "given")
     cap = cap_of(screening.cap_examples, [*(before or {}).values(), *n.values()])
     capped = {client: count if cap is None else min(count, cap) for client, count in n.items()}
-    problems = dominant(capped, before, let_in)
+    problems = dominant(capped, before, let_in, stated=n)
     if problems and not screening.allow_dominant:
         raise RefusedError(problems, hint=ways_past_dominance(n) if before is None else late_ways(problems, before))
     waved = tuple(one_line(f"{problem} (--allow-dominant)") for problem in problems)

@@ -74,6 +74,9 @@ def test_the_ways_past_a_dominant_count(lora_merge: Run, tmp_path: Path) -> None
     assert ledger()["weighting"] == "examples, at most 250 each"
     assert lora_merge(*run, "--cap-examples", "4x")[0] == 0
     assert weights() == {**rest, "org/e": 400}
+    code, _, err = lora_merge(*run, "--cap-examples", "5.5x")
+    assert code == 3
+    assert "states 1000 and counts as 550: 5.5 times the median of 100, 58% of all" in err
     assert lora_merge(*run, "--allow-dominant")[0] == 0
     assert weights() == {**rest, "org/e": 1000}
     assert ledger()["waved_through"] == [
