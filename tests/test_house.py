@@ -109,6 +109,7 @@ def test_importing_the_package_and_its_commands_loads_nothing_heavy() -> None:
 def test_the_public_names() -> None:
     assert lora_merge.__all__ == ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
     assert all(getattr(lora_merge, name) is not None for name in lora_merge.__all__)
+    assert set(lora_merge.__all__) <= set(dir(lora_merge))
     assert lora_merge.aggregate.__module__ == lora_merge.Aggregation.__module__ == "lora_merge.pipeline"
 
 
