@@ -37,7 +37,8 @@ def claim_warnings(clients: Clients) -> list[str]:
     """What differs or is missing without making the mean wrong."""
     warnings = []
     if silent := [name for name, client in clients.items() if _weights_hash(client) is None]:
-        warnings.append(f"{_list(silent)} do not state the hash of their base model's weights; taken on trust.")
+        do = "do not state the hash of their" if len(silent) > 1 else "does not state the hash of its"
+        warnings.append(f"{_list(silent)} {do} base model's weights; taken on trust.")
     if len(names := {str(client.config.base_model) for client in clients.values()}) > 1:
         warnings.append(f"the base model is named differently: {_list(sorted(names))}.")
     statements = [client.statement for client in clients.values() if client.statement]

@@ -39,8 +39,11 @@ def _from_counts(ids: Sequence[str], counts: Sequence[int | None]) -> list[float
     silent = [client for client, count in zip(ids, counts, strict=True) if count is None]
     if silent:
         shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        said = (
+            "do not state num_examples, so they have" if len(silent) > 1 else "does not state num_examples, so it has"
+        )
         raise UsageError(
-            f"These clients do not state num_examples, so they have no weight: {shown}.",
+            f"{shown} {said} no weight.",
             hint="Say --weights uniform, or give each one with --weight SOURCE=NUMBER.",
         )
     return [float(count) for count in counts if count is not None]

@@ -184,7 +184,7 @@ def test_clients_that_state_no_examples_need_weights(run: Run, tmp_path: Path) -
     client(tmp_path / "b", num_examples=None, seed=1)
     code, out, err = run("a", "b", "-o", "global")
     assert (code, out) == (2, "")
-    assert "no weight: a, b." in err
+    assert "a, b do not state num_examples, so they have no weight" in err
     assert "hint: Say --weights uniform, or give each one with --weight SOURCE=NUMBER." in err
     assert run("a", "b", "-o", "global", "--weights", "uniform")[0] == 0
 

@@ -30,7 +30,7 @@ def test_a_sound_adapter_is_accepted(lora_merge: Run, tmp_path: Path) -> None:
     found = checked(lora_merge, "a", code=0)
     assert (found["verdict"], found["refusals"], found["client_id"], found["modules"]) == ("accepted", [], "org/a", 1)
     assert found["norm"] > 0
-    assert found["warnings"] == ["org/a do not state the hash of their base model's weights; taken on trust."]
+    assert found["warnings"] == ["org/a does not state the hash of its base model's weights; taken on trust."]
     assert lora_merge("check", "a", "-q")[:2] == (0, "accepted\n")
 
 
