@@ -30,7 +30,7 @@ from lora_merge.publish.files import (
     weights_files,
 )
 from lora_merge.publish.results import read_results
-from lora_merge.publish.secrets import find_secrets
+from lora_merge.publish.secrets import Secret, find_secrets
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -76,6 +76,7 @@ def prepare(
             adapter = stack.enter_context(closing(_accepted(folder)))
         with refusals.noted():
             records = read_records(folder)
+        written = dict(records)
         with refusals.noted():
             weights = list(weights_files(folder))
         with refusals.noted():
@@ -89,7 +90,7 @@ def prepare(
                 records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
         with refusals.noted():
             texts = {**records, **{file.name: read_header(file.path) for file in weights}}
-            _require_no_secrets(folder, texts, own or {})
+            _require_no_secrets(folder, texts, written.get(CARD_NAME), own or {})
         refusals.require_none()
         assert adapter is not None
         files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
@@ -160,15 +161,26 @@ def _card(
         raise RefusedError([Problem(str(adapter.folder), CARD_NAME, reason)]) from error
 
 
-def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], own: Mapping[str, str]) -> None:
+def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], card: bytes | None, own: Mapping[str, str]) -> None:
+    """Raise `RefusedError` with every secret in `texts`; `card` is the model card as it lies there."""
+    found = {name: _secrets(content, own) for name, content in texts.items()}
+    if card is not None and CARD_NAME in found:
+        kinds = {secret.kind for secret in found[CARD_NAME]}
+        there = [secret for secret in _secrets(card, own) if secret.kind in kinds]
+        known = {secret.kind for secret in there}
+        found[CARD_NAME] = there + [secret for secret in found[CARD_NAME] if secret.kind not in known]
     problems = [
         Problem(str(folder), f"{name}, line {secret.line}", f"holds {secret.kind}")
-        for name, content in texts.items()
-        for secret in find_secrets(content.decode("utf-8", errors="replace"), own)
+        for name, secrets in found.items()
+        for secret in secrets
     ]
     if problems:
         hint = "Take it out of the file. A token or a key that was about to be published is best revoked too."
         raise RefusedError(problems, hint=hint)
+
+
+def _secrets(content: bytes, own: Mapping[str, str]) -> list[Secret]:
+    return find_secrets(content.decode("utf-8", errors="replace"), own)
 
 
 def _warnings(adapter: PeftFolder, ledger: Ledger | None, place: Place) -> Iterator[str]:

@@ -122,6 +122,13 @@ def test_a_secret_in_any_text_is_refused_by_file_and_kind_and_never_shown(merged
     assert SECRET not in str(error)
 
 
+@pytest.mark.parametrize(("above", "line"), [("# Mine\n", 2), ("---\nlicense: mit\n---\n# Mine\n", 5)])
+def test_a_secret_in_a_card_is_named_by_its_line_in_that_file(client_a: Path, above: str, line: int) -> None:
+    (client_a / "README.md").write_text(f"{above}{SECRET}\n")
+    [problem] = refusal(client_a).problems
+    assert problem.field == f"README.md, line {line}"
+
+
 def test_a_secret_in_the_metadata_of_the_weights_is_found_too(client_a: Path) -> None:
     path = client_a / "adapter_model.safetensors"
     save_file(load_file(path), path, metadata={"note": "/home" + "/me/data"})
