@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_merge.checkpoint.overwriting import Kind, require_replaceable
+from lora_merge.checkpoint.overwriting import Kind, require_outside_adapters, require_replaceable
 from lora_merge.errors import StorageError, UsageError
 
 _REPLACED = "replaced"
 
 
 @contextmanager
-def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") -> Iterator[Path]:
+def atomic_folder(
+    output: Path, *, force: bool = False, kind: Kind = "adapter", option: str = "--output"
+) -> Iterator[Path]:
     """Yield an empty folder beside `output`; when the block ends well, flush it and rename it to `output`.
 
     When the block raises, the folder is removed and `output` is as it was. What a killed run left beside `output`
@@ -27,13 +29,14 @@ def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") 
         output: the final path. Its parents are made; a link is followed, and stays.
         force: replace an adapter or a model, by `kind`, that is at `output` and holds nothing else; without it,
             anything there but an empty folder is an error.
+        option: what the user gave `output` as.
 
     Raises:
         UsageError: `output` exists, and `force` is false or it is of no such kind.
         StorageError: the disk is full or not writable.
     """
     output = Path(os.path.realpath(output))
-    check_free(output, force=force, kind=kind)
+    check_free(output, force=force, kind=kind, option=option)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         work, lock = work_folder(output)
@@ -42,7 +45,8 @@ def atomic_folder(output: Path, *, force: bool = False, kind: Kind = "adapter") 
     try:
         yield work
         _flush(work, _umask())
-        _replace(output, work, force=force, kind=kind)
+        check_free(output, force=force, kind=kind, option=option)  # again: it may have been taken meanwhile
+        _replace(output, work)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
     finally:
@@ -70,18 +74,21 @@ def scratch_folder() -> Iterator[Path]:
         os.close(lock)
 
 
-def check_free(output: Path, *, force: bool = False, kind: Kind = "adapter") -> None:
+def check_free(output: Path, *, force: bool = False, kind: Kind = "adapter", option: str = "--output") -> None:
     """Raise `UsageError` where writing `output` would overwrite something that `force` does not cover.
+
+    Nor is anything written into an adapter's folder.
 
     Raises:
         StorageError: the folder that `output` is to lie in cannot be written.
     """
+    require_outside_adapters(output, option)
     if not os.path.exists(output) or (output.is_dir() and not any(output.iterdir())):
         require_writable(output)
     elif not force:
         raise UsageError(f"{output} exists already.", hint="Choose another --output, or replace it with --force.")
     else:
-        require_replaceable(output, kind)
+        require_replaceable(output, kind, option)
         require_writable(output)
 
 
@@ -164,9 +171,8 @@ def _flush(folder: Path, umask: int) -> None:
                 os.close(descriptor)
 
 
-def _replace(output: Path, work: Path, *, force: bool, kind: Kind) -> None:
+def _replace(output: Path, work: Path) -> None:
     """Put `work` at `output`. What was there stays until it is replaced in one step; the caller removes it."""
-    check_free(output, force=force, kind=kind)  # again: it may have been taken while this run worked
     if not (output.is_dir() and any(output.iterdir())):
         os.rename(work, output)
     elif not _exchange(work, output):

@@ -77,11 +77,13 @@ class Located:
         folder: on this machine, None where there is none yet.
         place: what the user calls it; of a folder, its whole path.
         commit: of its repository.
+        given: a folder as the user wrote it.
     """
 
     folder: Path | None
     place: str
     commit: str | None = None
+    given: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def fold_folder(
             arrivals, found = screened(arrived, before, stay, selection) if how.screening else (arrived, Findings())
             if not arrivals.new and not gone:
                 notes, left_out = [*rooms.notes, *selection.notes], sorted(selection.left_out)
-                return Fold(onto.folder, before.ledger, warnings=notes, left_out=left_out)
+                return Fold(onto.given or onto.folder, before.ledger, warnings=notes, left_out=left_out)
             weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
             change = change_of(before, arrivals, weighed.n, gone)
             record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
@@ -208,7 +210,8 @@ def _write(
         settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
     elif settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "mean":
         settings = replace(settings, certificate="exact")  # an estimate would make no bound
-    with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True) as work:
+    option = "--onto" if os.path.realpath(target) == os.path.realpath(before.folder.folder) else "--output"
+    with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True, option=option) as work:
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)

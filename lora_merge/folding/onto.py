@@ -9,7 +9,7 @@ from typing import Any
 from lora_merge.aggregation.registry import Rank
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers, scratch_folder
-from lora_merge.checkpoint.overwriting import require_apart
+from lora_merge.checkpoint.overwriting import require_apart, require_outside_adapters
 from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.errors import NotFoundError, UsageError, one_line
 from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
@@ -77,17 +77,21 @@ def fold(
     chosen = {name: value for name, value in given.items() if value is not None}
     how = How(chosen, weights, base, device, certificate, workers, screening)
     require_sound(1.0 if global_lr is None else global_lr, workers)
-    require_apart(Path(onto if output is None else output), folders_named(sources))
+    option = "--onto" if output is None else "--output"
+    require_apart(Path(onto if output is None else output), folders_named(sources), option)
     if output is not None:
         check_free(Path(output), force=force)
     reading = Reading(max_wait, tell, progress)
     located = _located(onto, reading)
     if output is not None or not _is_repository(located):
         target = Path(onto) if output is None else Path(output)
-        return fold_folder(sources, located, target, withdraw, how, reading)
+        require_outside_adapters(target, option)
+        return fold_folder(sources, replace(located, given=Path(onto)), target, withdraw, how, reading)
     with scratch_folder() as scratch:
         made = fold_folder(sources, located, scratch / "global", withdraw, how, reading)
-        return _published(made, located, private, reading) if made.changed else made
+        if not made.changed:
+            return replace(made, output=Path(located.place))
+        return _published(made, located, private, reading)
 
 
 def plan(

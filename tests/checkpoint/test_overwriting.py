@@ -117,6 +117,18 @@ def test_a_place_beside_the_inputs_is_free(output: str, tmp_path: Path) -> None:
     require_apart(tmp_path / output, [tmp_path / "in" / "a"])
 
 
+@pytest.mark.parametrize("output", ["in/a/sub", "in/a/new/sub", "link/sub"])
+def test_nothing_is_written_into_an_adapters_folder(output: str, tmp_path: Path) -> None:
+    folder_of(tmp_path / "in")
+    folder_of(tmp_path / "in" / "a", *ADAPTER)
+    (tmp_path / "link").symlink_to("in/a")
+    for kind in ("adapter", "model"):
+        with pytest.raises(UsageError, match="in/a, which is an adapter"):
+            check_free(tmp_path / output, kind=kind)
+    assert sorted(path.name for path in (tmp_path / "in" / "a").iterdir()) == sorted(ADAPTER)
+    check_free(tmp_path / "in" / "a", force=True)
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,19 @@ def test_lists_hold_for_arrivals_too(onto: Path, tmp_path: Path) -> None:
     assert ledger(onto)["left_out"] == [{"source": "f", "reason": "org/f is excluded by org/f"}]
 
 
+def test_what_is_printed_and_said_names_the_global_adapter_as_it_was_typed(
+    four: list[Path], tmp_path: Path, lora_merge: Run
+) -> None:
+    for _ in "made", "nothing new":
+        assert lora_merge("aggregate", "a", "b", "--onto", "made", "-q")[:2] == (0, "made\n")
+    for onto in ("a", "./a/sub", "./made/sub"):
+        code, _, err = lora_merge("aggregate", "a", "--onto", onto)
+        assert (code, f"--onto {Path(onto)}" in err, "--output" in err) == (2, True, False)
+    (tmp_path / "made" / "notes").touch()
+    code, _, err = lora_merge("aggregate", "c", "--onto", "made")
+    assert (code, "holds notes" in err, "--force" in err) == (2, True, False)
+
+
 def test_the_command_line_stops_with_exit_code_3(onto: Path, tmp_path: Path, lora_merge: Run) -> None:
     changed(late(tmp_path / "e"), boosted)
     code, out, err = lora_merge("aggregate", "e", "--onto", "global")
