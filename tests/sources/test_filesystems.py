@@ -127,12 +127,15 @@ def test_a_folder_given_by_two_paths_is_refused(folders: list[Path], tmp_path: P
         aggregate([folders[0], folders[0] / ".." / "a"], tmp_path / "global")
 
 
-def test_a_path_below_a_folder_of_this_machine_is_never_looked_for_on_the_hub(
+def test_below_a_folder_of_this_machine_no_pattern_is_looked_for_on_the_hub_and_a_name_says_that_it_is(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match="No folder matches in/c"):
+    with pytest.raises(NotFoundError, match=r"No folder matches in/c\*"):
+        aggregate(["in/c*"], tmp_path / "global")
+    with pytest.raises(NetworkError) as caught:  # an organisation's name may be that of a folder here
         aggregate(["in/c"], tmp_path / "global")
+    assert "No folder here is called in/c either." in caught.value.hint
 
 
 def test_a_hub_that_must_not_be_asked_is_a_network_error(tmp_path: Path) -> None:
