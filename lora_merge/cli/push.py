@@ -72,9 +72,13 @@ def publish(
     evaluation: Path | None = None,
     max_wait: float = MAX_WAIT,
 ) -> "Pushed":
-    """Push, and say what was left out."""
+    """Push, with the library's bars where results are for people, and say what was left out."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented there
+
     from lora_merge.publish.push import push as run
 
+    if out.quiet or out.as_json:
+        disable_progress_bars()
     pushed = run(folder, target, message=message, evaluation=evaluation, max_wait=max_wait, tell=out.say)
     for warning in pushed.warnings:
         out.warn(warning)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     level = log.level
     log.setLevel(logging.ERROR if level == logging.WARNING else level)  # what it warns of, we tell
     try:
-        with _no_bars_of_the_library():
+        with _bars_on_a_terminal_only():
             yield HfApi(library_name="lora-merge", library_version=__version__)
     finally:
         patience.end()
@@ -82,15 +83,16 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
 
 
 @contextmanager
-def _no_bars_of_the_library() -> Iterator[None]:
-    """Its bars of uploads go to any stderr, a log file too; whoever has them on by the environment keeps them."""
-    shown = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    if shown:
+def _bars_on_a_terminal_only() -> Iterator[None]:
+    """The library's bars of uploads go to any stderr, a log file too, unless they are told not to."""
+    chosen = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled()
+    unwanted = not (chosen or sys.stderr.isatty())
+    if unwanted:
         disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if unwanted:
             enable_progress_bars()
 
 
