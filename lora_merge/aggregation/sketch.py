@@ -21,10 +21,14 @@ ROWS = 4  # of U and of V: 16 numbers a module
 
 @dataclass(frozen=True)
 class Sketch:
-    """|delta_w|^2 of one module's update, and U delta_w V^T of it, flat."""
+    """|delta_w|^2 of one module's update, and U delta_w V^T of it, flat (`packed`: its fp64 bytes)."""
 
     square: float
-    values: Tensor
+    packed: bytes
+
+    @property
+    def values(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.packed), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ def sketch_of(update: Factors) -> Sketch:
     values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double()
     if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
         square = gram.squared_norm(update)
-    return Sketch(max(0.0, square) if math.isfinite(square) else math.inf, update.scaling * values)
+    # As bytes: thousands of small tensors would lie between the large ones that come and go, and so pin the heap.
+    packed = (update.scaling * values).cpu().numpy().tobytes()
+    return Sketch(max(0.0, square) if math.isfinite(square) else math.inf, packed)
 
 
 def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str, str], float]:
