@@ -61,9 +61,7 @@ class Gram:
     @cached_property
     def distances(self) -> Tensor:
         """|Delta_i - Delta_j|, m x m; to within 1e-8 of the larger norm."""
-        squares = self.matrix.diagonal()
-        distances = (squares[:, None] + squares - 2 * self.matrix).clamp(min=0).sqrt()
-        return distances.fill_diagonal_(0)
+        return squared_distances(self.matrix).sqrt().fill_diagonal_(0)
 
     @cached_property
     def p(self) -> Tensor:
@@ -98,6 +96,12 @@ class Gram:
         squares = ((differences @ self.matrix) * differences).sum(dim=1)
         moved = squares.clamp(min=0).sqrt() * p / (1 - p)
         return torch.where(p < 1, moved * _inverse(self.norm_of(p)), 1.0)
+
+
+def squared_distances(matrix: Tensor) -> Tensor:
+    """|Delta_i - Delta_j|^2 from the Gram matrix, m x m; what rounding takes below 0 is 0."""
+    squares = matrix.diagonal()
+    return (squares[:, None] + squares - 2 * matrix).clamp(min=0)
 
 
 def total(clients: Sequence[str], n: Sequence[float], parts: Mapping[str, Tensor | None]) -> Gram:

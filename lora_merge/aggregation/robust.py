@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.aggregation.gram import Gram
+from lora_merge.aggregation.gram import Gram, squared_distances
 
 WEIGHT_RULES = ("geometric-median", "krum", "multi-krum")
 COORDINATE_RULES = ("median", "trimmed-mean")
@@ -169,8 +169,7 @@ def geometric_median(matrix: Tensor, n: Tensor) -> Tensor:
     floor = SMOOTHING * (usual if usual > 0 else squares.sqrt().max())
     if floor == 0:
         return p
-    apart = (squares[:, None] + squares - 2 * matrix).clamp(min=0).sqrt()
-    w = _shares(p, weighted_median(apart, n), floor)
+    w = _shares(p, weighted_median(squared_distances(matrix).sqrt(), n), floor)
     for _ in range(STEPS):
         along = matrix @ w
         distances = (squares - 2 * along + w @ along).clamp(min=0).sqrt()
@@ -194,9 +193,7 @@ def krum_scores(matrix: Tensor, byzantine: int) -> Tensor:
         raise RobustError(
             f"Krum withstands {byzantine} hostile clients only among {2 * byzantine + 3} or more; here are {m}."
         )
-    squares = matrix.diagonal()
-    distances = (squares[:, None] + squares - 2 * matrix).clamp(min=0)
-    distances.fill_diagonal_(math.inf)
+    distances = squared_distances(matrix).fill_diagonal_(math.inf)
     return distances.sort(dim=1).values[:, : m - byzantine - 2].sum(dim=1)
 
 
