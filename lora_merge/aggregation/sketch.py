@@ -56,10 +56,8 @@ class Sketched:
 
 def sketch_of(update: Factors) -> Sketch:
     """The norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + 4) (d_in + d_out))."""
-    blocks, d_out, _ = update.B.shape
     A, B = update.A, update.B  # E x r x d_in, E x d_out x r
-    U = _signs(ROWS * blocks, d_out, 1).reshape(blocks, ROWS, d_out)
-    V = _signs(ROWS, A.shape[2], 0)
+    U, V = _signs_of(update)
     square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
     values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double()
     if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
@@ -89,10 +87,8 @@ def sketches_of_blocks(update: Factors, bounds: Sequence[int]) -> Tensor:
     Args:
         bounds: where each begins among the r columns of B and rows of A, and where the last one ends.
     """
-    blocks, d_out, r = update.B.shape
-    U = _signs(ROWS * blocks, d_out, 1).reshape(blocks, ROWS, d_out)
-    V = _signs(ROWS, update.A.shape[2], 0)
-    columns = torch.einsum("eir,erj->rij", U @ update.B, update.A @ V.mT).reshape(r, -1).double()
+    U, V = _signs_of(update)
+    columns = torch.einsum("eir,erj->rij", U @ update.B, update.A @ V.mT).reshape(update.r, -1).double()
     owners = torch.repeat_interleave(torch.arange(len(bounds) - 1), torch.diff(torch.tensor(bounds)))
     found: Tensor = torch.zeros(len(bounds) - 1, ROWS * ROWS, dtype=torch.float64)
     found.index_add_(0, owners, columns[: len(owners)])
@@ -125,6 +121,12 @@ def _units(rows: Tensor) -> Tensor:
 def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:
     nothing = torch.zeros(ROWS * ROWS, dtype=torch.float64)
     return torch.cat([adapter.sketches[name].values if name in adapter.sketches else nothing for name in modules])
+
+
+def _signs_of(update: Factors) -> tuple[Tensor, Tensor]:
+    """U (E x 4 x d_out) and V (4 x d_in)."""
+    blocks, d_out, _ = update.B.shape
+    return _signs(ROWS * blocks, d_out, 1).reshape(blocks, ROWS, d_out), _signs(ROWS, update.A.shape[2], 0)
 
 
 @lru_cache(maxsize=64)
