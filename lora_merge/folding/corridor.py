@@ -206,17 +206,18 @@ def _write(
     `record` adds to the ledger what screening found, from what it was before.
     """
     before, federation = change.before, parts.federation
-    if settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "blocks":
-        settings = replace(settings, certificate="probes")  # so that an arrival costs no more than the adapter is large
-    elif settings.certificate is None and parts.again is None and METHODS[settings.method].folds == "mean":
-        settings = replace(settings, certificate="exact")  # an estimate would make no bound
+    by_mean = METHODS[settings.method].folds == "mean"
+    if settings.certificate is None and parts.again is None:
+        # Beside stored blocks probes, so that an arrival costs no more than the adapter is large; of a mean not, since
+        # an estimate would make no bound.
+        settings = replace(settings, certificate="exact" if by_mean else "probes")
     option = "--onto" if os.path.realpath(target) == os.path.realpath(before.folder.folder) else "--output"
     with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True, option=option) as work:
         merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
         ledger = record(ledger_of(federation, lock, contributions, measured, settings, before.name()), before.ledger)
-        if METHODS[settings.method].folds == "mean":
+        if by_mean:
             ledger, lock = _folded(ledger, lock, change, parts, measured)
         if settings.method == "svd" and (parts.again or before.core):
             write_core(federation, settings.options, work / CORE_NAME, None if parts.again else before.core, threads)
