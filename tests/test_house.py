@@ -30,7 +30,7 @@ ROWS = (
     ("card", "checkpoint", "environment", "hub"),
     ("aggregation", "ledger", "lock", "recipe"),
     ("adapter", "ledger_form", "recipe_form", "statement"),
-    ("errors",),
+    ("errors", "interrupts"),
 )
 HEIGHT = {room: -row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -11,6 +11,7 @@ from huggingface_hub.utils._xet import abort_xet_session  # the only way to end 
 
 from lora_merge.errors import NetworkError
 from lora_merge.hub import client
+from lora_merge.interrupts import leave_to_main
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ def within(seconds: float, move: Callable[[], T]) -> T:
     failures: list[BaseException] = []
 
     def run() -> None:
+        leave_to_main()
         try:
             moved.append(move())
         except BaseException as error:

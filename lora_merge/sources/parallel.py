@@ -6,6 +6,7 @@ from typing import TypeAlias, TypeVar
 
 from lora_merge.checkpoint.peft_folder import FolderRefused
 from lora_merge.errors import MAX_SHOWN, NotFoundError, Problem, RefusedError
+from lora_merge.interrupts import leave_to_main
 
 THREADS = 8
 T = TypeVar("T")
@@ -32,7 +33,7 @@ def for_each(
         NotFoundError: naming all items that are not there.
         NetworkError, StorageError: of the first item that failed so; what has not begun is dropped.
     """
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="lora-merge-source")
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="lora-merge-source", initializer=leave_to_main)
     try:
         futures = [pool.submit(_settled, work, item) for item in items]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
