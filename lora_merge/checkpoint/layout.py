@@ -110,6 +110,9 @@ def lora_r(spec: FactorsSpec) -> int:
     return spec.r * spec.blocks if spec.layout == "conv" else spec.r
 
 
+_recent: deque[tuple[Mapping[str, TensorEntry], str, dict[str, Stored]]] = deque(maxlen=8)
+
+
 def find_updates(
     entries: Mapping[str, TensorEntry], config: AdapterConfig
 ) -> tuple[dict[str, Stored], list[FileRefused]]:
@@ -117,6 +120,21 @@ def find_updates(
 
     Factors are named by their module, a full tensor by its own name, token rows by the embedding and `.token_adapter`.
     """
+    # A thousand clients of one shape are looked through once, and described once.
+    says = repr(config)  # in which the order of patterns counts, as it does for what they mean
+    for its_entries, its_config, known in tuple(_recent):
+        if its_entries is entries and its_config == says:
+            return known, []
+    found, problems = _look_through(entries, config)
+    found = next((known for _, _, known in tuple(_recent) if known == found), found)
+    if not problems:
+        _recent.append((entries, says, found))
+    return found, problems
+
+
+def _look_through(
+    entries: Mapping[str, TensorEntry], config: AdapterConfig
+) -> tuple[dict[str, Stored], list[FileRefused]]:
     found: dict[str, Stored] = {}
     problems: list[FileRefused] = []
     lora: dict[str, dict[str, str]] = {}
@@ -142,19 +160,7 @@ def find_updates(
                 found.update(whole)
             except FileRefused as problem:
                 problems.append(problem)
-    return _one_of_equal(found), problems + list(_missing(found, config))
-
-
-_recent: deque[dict[str, Stored]] = deque(maxlen=8)
-
-
-def _one_of_equal(found: dict[str, Stored]) -> dict[str, Stored]:
-    """`found`, or an equal one of a client before: a thousand clients of one shape are described once."""
-    for known in tuple(_recent):
-        if known == found:
-            return known
-    _recent.append(found)
-    return found
+    return found, problems + list(_missing(found, config))
 
 
 def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:
