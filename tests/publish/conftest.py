@@ -35,6 +35,14 @@ with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
 result = [code, out.getvalue(), err.getvalue()]
 """
 
+# How long a publisher waits: between calls, and before a second commit.
+WAITS = """
+from lora_merge.hub import client
+from lora_merge.publish import persistence
+client.BACKOFF, persistence.FIRST_WAIT = backoff, first_wait
+"""
+SHORT: dict[str, Any] = {"backoff": (0.01, 0.02, 0.05, 0.1), "first_wait": 0.05}
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -73,8 +81,9 @@ def merged(tmp_path: Path, client_a: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def publisher(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """One process for all tests that publish: importing the package takes seconds."""
+    """One process for all tests that publish: importing the package takes seconds. Its waits are short."""
     with Client(running_hub.env(cache=tmp_path_factory.mktemp("publisher"))) as process:
+        process.run(WAITS, **SHORT)
         yield process
 
 

@@ -1,15 +1,17 @@
 """Publishing to the local Hub: one commit, verified; nothing lost, nothing done twice, nothing forced."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lora_merge.hub import client
+from lora_merge.publish import persistence
 from tests.hub.client import Client, ClientError
 from tests.hub.server import LocalHub
-from tests.publish.conftest import client_folder
+from tests.publish.conftest import SHORT, WAITS, client_folder
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lora_merge.json"]
 COMMIT = "POST /api/models/org/a/commit/*"
@@ -149,6 +151,14 @@ def test_a_lost_answer_is_looked_for_and_not_sent_again(hub: LocalHub, push: Pus
     assert len(hub.calls(COMMIT)) == 1
 
 
+@pytest.fixture
+def waits_as_users_have_them(publisher: Client) -> Iterator[None]:
+    publisher.run(WAITS, backoff=client.BACKOFF, first_wait=persistence.FIRST_WAIT)
+    yield
+    publisher.run(WAITS, **SHORT)
+
+
+@pytest.mark.usefixtures("waits_as_users_have_them")
 def test_a_hub_that_stays_broken_is_given_up_in_time(hub: LocalHub, push: Pusher, client_a: Path) -> None:
     hub.create("org/a", private=True)
     hub.fault(COMMIT, "status", times=None)

@@ -30,15 +30,16 @@ def pullers(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(params=["xet", "lfs"])
 def pull(request: pytest.FixtureRequest, hub: LocalHub, pullers: dict[bool, Puller], tmp_path: Path) -> Puller:
     """`pull("org/client-*", "-o", "global")` with an empty cache, in an empty folder; over Xet, then without."""
-    return _fresh(pullers[request.param == "xet"], tmp_path)
+    return fresh(pullers[request.param == "xet"], tmp_path)
 
 
 @pytest.fixture
 def pull_once(hub: LocalHub, pullers: dict[bool, Puller], tmp_path: Path) -> Puller:
     """As `pull`, without Xet only: for what does not depend on it."""
-    return _fresh(pullers[False], tmp_path)
+    return fresh(pullers[False], tmp_path)
 
 
-def _fresh(puller: Puller, folder: Path) -> Puller:
+def fresh(puller: Puller, folder: Path) -> Puller:
+    """The puller with an empty cache, in a folder."""
     puller.forget()
     return Puller(puller.client, puller.home, folder)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import digests
 from tests.hub.server import LocalHub
+from tests.sources.conftest import fresh
 from tests.sources.federation import Puller, adapter, publish
 
 WEIGHTS = "adapter_model.safetensors"
@@ -130,32 +131,29 @@ def test_a_hub_that_cannot_be_reached_is_exit_5(tmp_path: Path) -> None:
     assert ran.stderr.startswith("error: 127.0.0.1 cannot be reached")
 
 
-def start(hub: LocalHub, home: Path, xet: bool, *sources: str) -> subprocess.Popen[str]:
-    """`lora-merge aggregate SOURCES -o global` beside `home`, started."""
-    command = [sys.executable, "-m", "lora_merge", "aggregate", *sources, "-o", "global", "--force"]
-    environment = hub.env(cache=home, xet=xet)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, cwd=home.parent, stdout=pipe, stderr=pipe, text=True)
+def start(hub: LocalHub, pull: Puller, xet: bool, *arguments: str) -> subprocess.Popen[str]:
+    """`lora-merge aggregate ARGUMENTS` in a process of its own, with the cache and the folder of `pull`."""
+    command = [sys.executable, "-m", "lora_merge", "aggregate", *arguments]
+    environment, pipe = hub.env(cache=pull.home, xet=xet), subprocess.PIPE
+    return subprocess.Popen(command, env=environment, cwd=pull.folder, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_with_what_is_whole(
-    hub: LocalHub, tmp_path: Path, xet: bool, how: signal.Signals
+    hub: LocalHub, pullers: dict[bool, Puller], tmp_path: Path, xet: bool, how: signal.Signals
 ) -> None:
     publish(hub, 3, width=20_000)
-    home = tmp_path / "home"
-    first = start(hub, home, xet, "org/client-0")
-    first.communicate()
-    assert first.returncode == 0
+    pull = fresh(pullers[xet], tmp_path)
+    assert pull("org/client-0", "-o", "global").code == 0
     hub.clear_calls()
     hub.fault("HEAD *.safetensors", "delay", seconds=1, times=None)  # by then the headers were read
-    pulling = start(hub, home, xet, "org/client-*")
+    pulling = start(hub, pull, xet, "org/client-*", "-o", "global", "--force")
     partial = "hub/models--org--client-[12]/blobs/*.incomplete"
     while len(hub.calls("GET /lfs/*")) < 2 and pulling.poll() is None:
         time.sleep(0.01)
     hub.fault("GET /v1/reconstructions/*" if xet else "GET /lfs/*", "stall" if xet else "drip", times=None)
-    while not list(home.glob(partial)) and pulling.poll() is None:
+    while not list(pull.home.glob(partial)) and pulling.poll() is None:
         time.sleep(0.01)
     pulling.send_signal(how)
     out, err = pulling.communicate(timeout=30)
@@ -165,11 +163,11 @@ def test_an_interrupted_run_goes_on_with_what_is_whole(
             "error: Interrupted; nothing half-written was left.",
             "hint: Run the same command again: what is whole is not downloaded again.",
         ]
-    assert bool(list(home.glob(partial))) == (how == signal.SIGKILL)
+    assert bool(list(pull.home.glob(partial))) == (how == signal.SIGKILL)
     hub.clear_faults()
     hub.clear_calls()
-    again = start(hub, home, xet, "org/client-*")
-    assert (again.communicate()[1].count("error"), again.returncode) == (0, 0)
+    again = pull("org/client-*", "-o", "global", "--force")
+    assert (again.err.count("error"), again.code) == (0, 0)
     assert not hub.calls("* /org/client-0/resolve/*"), "what was whole was downloaded again"
-    assert not list(home.glob(partial))
+    assert not list(pull.home.glob(partial))
     assert not list(tmp_path.glob(".global*"))
