@@ -101,6 +101,8 @@ class Ledger:
         clip_norm: the largest norm that clipping let through; None without it.
         from_mean: how far what was aimed at is from the weighted mean, relative to that; None where it is that mean.
         waved_through: what would have stopped the merge, had the user not allowed it.
+        files: the sha256 of the adapter's own files as they were written, by name; None in an older ledger. Neither
+            this file nor those made from it are among them.
     """
 
     method: str
@@ -121,6 +123,7 @@ class Ledger:
     waved_through: Sequence[str] = ()
     clip_norm: float | None = None
     from_mean: Mapping[str, float] | None = None
+    files: Mapping[str, str] | None = None
 
     @property
     def aim(self) -> str:
@@ -207,6 +210,7 @@ _FORMS: dict[str, form.Form[Any]] = {
     "left_out": form.items(lambda name, value: _entries(LeftOut, f"{name}.", value)),
     "waved_through": form.items(form.text),
     "reason": form.text,
+    "files": form.or_null(form.values(form.sha256)),
     # of a contribution
     "client_id": form.text,
     "source": form.text,

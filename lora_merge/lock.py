@@ -15,6 +15,7 @@ from typing import Any
 from lora_merge.errors import Malformed
 
 FILE_NAME = "lora-merge.lock"
+SIGNATURE_NAME = f"{FILE_NAME}.sig"  # what ssh-keygen calls it
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 24
 

@@ -147,9 +147,9 @@ def aggregate(
             found = findings(inputs.sketched, sha256, screening or SCREENED, judge_norms=judge)
             ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
             ledger = with_defence(ledger, defence, measured)
-            write_records(work, ledger, record, inputs.clients, merges)
             if core:
                 write_core(federation, settings.options, work / CORE_NAME, None, threads)
+            ledger = write_records(work, ledger, record, inputs.clients, merges)
             require_same_files(inputs.clients)
         if lock is not None and not locked:
             write_lock(record, lock_path)

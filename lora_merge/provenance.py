@@ -19,6 +19,7 @@ from lora_merge.aggregation.robust import Robust
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card.card import global_card
 from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.intact import own_hashes, settled
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, Description
 from lora_merge.checkpoint.planned import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
@@ -156,8 +157,11 @@ def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
 
 def write_records(
     work: Path, ledger: Ledger, lock: Lock, clients: Mapping[str, Description], merges: list[Merge]
-) -> None:
-    """Write everything but the weights: adapter_config.json, aggregation.json, lora-merge.lock, README.md."""
+) -> Ledger:
+    """Write everything but weights and core: adapter_config.json, aggregation.json, lora-merge.lock, README.md.
+
+    The ledger comes back as it was written, with the hashes of the files beside it.
+    """
     merged = [each for each in ledger.contributions if each.weight > 0 and each.merged_share != 0]
     configs = [clients[each.client_id].config for each in merged]
     modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
@@ -167,8 +171,10 @@ def write_records(
     }
     config = merged_config(configs, modules, tokens, whole) | {"base_model_name_or_path": ledger.base_model}
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    ledger = replace(ledger, files=own_hashes(work, settled))
     (work / LEDGER_NAME).write_text(ledger.to_json(), encoding="utf-8")
     (work / LOCK_NAME).write_text(lock.to_json(), encoding="utf-8")
     local = ledger.base_model is not None and is_local(ledger.base_model)
     card = global_card(ledger, task_type=config["task_type"], base_is_local=local)
     (work / "README.md").write_text(card, encoding="utf-8")
+    return ledger

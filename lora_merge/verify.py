@@ -10,16 +10,17 @@ import torch
 
 from lora_merge.checkpoint.compare import compare
 from lora_merge.checkpoint.folder import scratch_folder
+from lora_merge.checkpoint.intact import OWN_NAMES, WAY_ON, alterations, own_hashes
 from lora_merge.checkpoint.peft_folder import (
     CONFIG_NAME,
     CORE_NAME,
-    WEIGHTS_NAME,
+    LEDGER_NAME,
     FolderRefused,
-    file_sha256,
     open_folder,
 )
 from lora_merge.environment import device_called, environment
-from lora_merge.errors import NotFoundError, RefusedError
+from lora_merge.errors import NotFoundError, Problem, RefusedError
+from lora_merge.folding.global_adapter import ledger_in
 from lora_merge.folding.replay import replay
 from lora_merge.intake import Reading, accepted, examined
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -73,13 +74,14 @@ def verify(
 
     Raises:
         NotFoundError: there is no lock, or an input cannot be found or read.
-        RefusedError: the lock or an input is refused.
+        RefusedError: the lock or an input is refused, or the target is not what its own ledger says was written.
     """
     reading = reading or Reading()
     with open_rooms(reading.max_wait, reading.tell) as rooms:
         candidates = rooms.examine(rooms.expand([target]))
         folder = rooms.fetch(candidates, reading.progress)[0]
-        lock = read_lock(folder / LOCK_NAME)
+        lock, published = read_lock(folder / LOCK_NAME), own_hashes(folder)
+        _require_intact(folder, str(target), published)
         named = [*_named_inputs(lock, bool(sources)), *sources]
         found = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
         refs = _locked_ones(lock, found)
@@ -99,7 +101,15 @@ def verify(
                 reasons = _other_inputs(lock, hashes)
             if reasons:
                 return Verification(str(target), "different", reasons, inputs=len(lock.inputs), surplus=surplus)
-            return replace(_compared(str(target), folder, again, lock, device), surplus=surplus)
+            return replace(_compared(str(target), folder, published, again, lock, device), surplus=surplus)
+
+
+def _require_intact(folder: Path, target: str, published: Mapping[str, str]) -> None:
+    """Raise `RefusedError` where the ledger beside it says at once that it is not what was written."""
+    if not (folder / LEDGER_NAME).exists():
+        return
+    if problems := [Problem(target, *found) for found in alterations(ledger_in(folder, target), published)]:
+        raise RefusedError(problems, hint=WAY_ON)
 
 
 def _hashes(named: Sequence[str | Path], reading: Reading) -> dict[str, Mapping[str, str]]:
@@ -139,8 +149,10 @@ def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[s
     return reasons
 
 
-def _compared(target: str, published: Path, again: Path, lock: Lock, device: torch.device | None) -> Verification:
-    """What differs; `device` is the one that the lock names, None where it is not here."""
+def _compared(
+    target: str, folder: Path, published: Mapping[str, str], again: Path, lock: Lock, device: torch.device | None
+) -> Verification:
+    """What differs; `published` has the hashes of `folder`, `device` is the lock's, None where it is not here."""
     here = environment(device or torch.device("cpu"))
     note = None if device else f"merged on {lock.environment['device']}, here on the CPU: equivalent at best"
     apart = {
@@ -148,21 +160,16 @@ def _compared(target: str, published: Path, again: Path, lock: Lock, device: tor
         for name in sorted(lock.environment.keys() | here.keys())
         if lock.environment.get(name) != here.get(name)
     }
-    reasons = _other_settings(published, again)
-    other = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CORE_NAME) if not _same_file(published / name, again / name)]
+    reasons, made = _other_settings(folder, again), own_hashes(again)
+    other = [name for name in OWN_NAMES if published.get(name) != made.get(name)]
+    if CORE_NAME not in published:
+        other = [name for name in other if name != CORE_NAME]
     if not other:
         return Verification(target, "identical", (), 0.0, apart, len(lock.inputs))
-    error, tensors = _distance(again, published)
+    error, tensors = _distance(again, folder)
     verdict: Verdict = "equivalent" if error <= EQUIVALENT and apart and not reasons else "different"
     reasons += [f"{CORE_NAME} is another one"] if other == [CORE_NAME] else []
     return Verification(target, verdict, [*reasons, *tensors], error, apart, len(lock.inputs), note)
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    """Whether both have the same bytes, or neither is there to be compared: a merge need not keep a core."""
-    if not one.exists() or not other.exists():
-        return one.name == CORE_NAME and not one.exists()
-    return file_sha256(one) == file_sha256(other)
 
 
 def _other_settings(published: Path, again: Path) -> list[str]:

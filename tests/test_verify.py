@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lora_merge import aggregate
+from lora_merge.checkpoint.intact import own_hashes
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import NotFoundError, RefusedError, VerificationError
 from lora_merge.lock import FILE_NAME, Lock, LockError
@@ -35,6 +36,12 @@ def flip_a_bit(path: Path, at: int = -3) -> None:
     path.write_bytes(content)
 
 
+def record_anew(folder: Path) -> None:
+    """Let the ledger say that what lies there is what was written, as whoever alters a merge on purpose would."""
+    ledger = json.loads((folder / "aggregation.json").read_text())
+    (folder / "aggregation.json").write_text(json.dumps(ledger | {"files": own_hashes(folder)}))
+
+
 def test_a_lock_is_canonical_and_reading_it_back_gives_it_again(merged: Path) -> None:
     text = (merged / FILE_NAME).read_text()
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) + "\n"
@@ -50,6 +57,7 @@ def test_an_honest_merge_is_identical(options: dict[str, Any], plain: Folders, t
 
 def test_a_changed_tensor_is_found_and_named(merged: Path, plain: Folders) -> None:
     flip_a_bit(merged / "adapter_model.safetensors")
+    record_anew(merged)
     found = verify(merged, plain)
     assert found.verdict == "different"
     assert len(found.reasons) == 1
@@ -58,6 +66,7 @@ def test_a_changed_tensor_is_found_and_named(merged: Path, plain: Folders) -> No
 
 def test_a_last_bit_is_equivalent_only_where_the_environment_is_another_one(merged: Path, plain: Folders) -> None:
     flip_a_bit(merged / "adapter_model.safetensors", at=-4)  # the lowest bit of an fp32 number
+    record_anew(merged)
     assert verify(merged, plain).verdict == "different"
     changed_lock(merged, lambda lock: replace(lock, environment={**lock.environment, "torch": "0.0"}))
     found = verify(merged, plain)
@@ -69,6 +78,7 @@ def test_a_last_bit_is_equivalent_only_where_the_environment_is_another_one(merg
 
 def test_what_was_merged_on_a_device_that_is_not_here_is_equivalent_at_best(merged: Path, plain: Folders) -> None:
     flip_a_bit(merged / "adapter_model.safetensors", at=-4)
+    record_anew(merged)
     changed_lock(merged, lambda lock: replace(lock, environment={**lock.environment, "device": "Another 9000"}))
     found = verify(merged, plain)
     assert found.verdict == "equivalent"
@@ -92,6 +102,7 @@ def test_the_inputs_are_hashed_once(merged: Path, plain: Folders, monkeypatch: p
 def test_a_changed_setting_is_found_and_named(merged: Path, plain: Folders) -> None:
     config = json.loads((merged / "adapter_config.json").read_text())
     (merged / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    record_anew(merged)
     found = verify(merged, plain)
     assert found.verdict == "different"
     assert any("lora_alpha" in reason for reason in found.reasons)
@@ -114,6 +125,7 @@ def test_folders_that_are_not_in_the_lock_are_left_aside(plain: Folders, tmp_pat
     found = verify(merged, plain)
     assert (found.verdict, found.inputs, found.surplus) == ("identical", 2, ["org/client-2"])
     flip_a_bit(merged / "adapter_model.safetensors")
+    record_anew(merged)
     found = verify(merged, plain)
     assert (found.verdict, found.surplus) == ("different", ["org/client-2"])
     assert found.relative_error

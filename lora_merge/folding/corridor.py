@@ -26,7 +26,8 @@ from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
 from lora_merge.folding.late import screened, with_screening
 from lora_merge.intake import UNSCREENED, Reading
 from lora_merge.ledger import Ledger, LeftOut
-from lora_merge.lock import Lock
+from lora_merge.lock import FILE_NAME as LOCK_NAME
+from lora_merge.lock import SIGNATURE_NAME, Lock
 from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
 from lora_merge.provenance import ledger_of, lock_of, write_records
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from lora_merge.publish.push import Pushed
 
 _AGAIN = "The same command folds onto it as it is now."
+UNSIGNED = (
+    f"{SIGNATURE_NAME} was taken away, since it signs the lock as it was before: sign the new one with "
+    f"ssh-keygen -Y sign -f KEY -n lora-merge {LOCK_NAME}"
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ def fold_folder(
             record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
             device = device_named(how.device)
             with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
+                signed = (target / SIGNATURE_NAME).exists()
                 ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
             return Fold(
                 output=target,
@@ -141,6 +147,7 @@ def fold_folder(
                 warnings=[
                     *(*rooms.notes, *selection.notes, *([parts.note] if parts.note else [])),
                     *(*claim_warnings(parts.clients), *found.warnings, *rank_warnings(ledger)),
+                    *([UNSIGNED] if signed else []),
                 ],
                 left_out=sorted(selection.left_out),
             )
@@ -221,7 +228,7 @@ def _write(
             ledger, lock = _folded(ledger, lock, change, parts, measured)
         if settings.method == "svd" and (parts.again or before.core):
             write_core(federation, settings.options, work / CORE_NAME, None if parts.again else before.core, threads)
-        write_records(work, ledger, lock, parts.clients, merges)
+        ledger = write_records(work, ledger, lock, parts.clients, merges)
         require_same_files({**change.arrivals.new, before.place: before.folder})
         if target.exists() and before.folder.folder.exists() and target.samefile(before.folder.folder):
             end.enter_context(alone_beside(target))

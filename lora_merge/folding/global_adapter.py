@@ -10,7 +10,9 @@ from pathlib import Path
 
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.checkpoint.core_file import StoredCore, open_core
+from lora_merge.checkpoint.intact import OWN_NAMES, WAY_ON, alterations
 from lora_merge.checkpoint.peft_folder import (
+    CONFIG_NAME,
     CORE_NAME,
     WEIGHTS_NAME,
     Description,
@@ -67,9 +69,15 @@ class GlobalAdapter:
         modules = ranks_of(self.folder)
         return Stacks(self.folder, [unpacked(each.block_ranks or {}, modules) for each in self.contributions.values()])
 
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """The sha256 of its own files: of what was opened, whatever lies there now."""
+        core = {CORE_NAME: self.core.file.sha256()} if self.core else {}
+        return {CONFIG_NAME: self.folder.small[CONFIG_NAME], WEIGHTS_NAME: self.folder.file.sha256(), **core}
+
     def name(self) -> str:
         """What a ledger calls it as its parent."""
-        return f"{self.place}@{self.commit}" if self.commit else f"sha256:{self.folder.file.sha256()}"
+        return f"{self.place}@{self.commit}" if self.commit else f"sha256:{self.hashes[WEIGHTS_NAME]}"
 
 
 @contextmanager
@@ -77,7 +85,7 @@ def opened_global(folder: Path, place: str, commit: str | None = None) -> Iterat
     """The global adapter in `folder`.
 
     Raises:
-        RefusedError: it is no global adapter, or its files contradict each other.
+        RefusedError: it is no global adapter, its files contradict each other, or one is not what was written.
     """
     try:
         adapter = open_folder(folder)
@@ -89,7 +97,8 @@ def opened_global(folder: Path, place: str, commit: str | None = None) -> Iterat
         core = stack.enter_context(_core(adapter, ledger, place))
         found = GlobalAdapter(place, commit, adapter, ledger, lock, core)
         if problems := [Problem(place, field, reason) for field, reason in _contradictions(found)]:
-            raise RefusedError(problems, hint="Merge its clients anew, without --onto.")
+            spoilt = any(problem.field in OWN_NAMES for problem in problems)
+            raise RefusedError(problems, hint=WAY_ON if spoilt else "Merge its clients anew, without --onto.")
         yield found
 
 
@@ -139,6 +148,8 @@ def _contradictions(found: GlobalAdapter) -> Iterator[tuple[str, str]]:
     """Every way in which a global adapter's files cannot all be true, as entry and reason."""
     yield from _of_the_ledger(found.ledger)
     yield from _of_the_lock(found.ledger, found.lock)
+    if found.ledger.files is not None:
+        yield from alterations(found.ledger, found.hashes)
     if found.folder.config.base_model != found.ledger.base_model:
         yield "adapter_config.json, base_model_name_or_path", "is not the ledger's base_model"
     try:

@@ -12,9 +12,10 @@ from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftov
 from lora_merge.checkpoint.overwriting import require_apart, require_outside_adapters
 from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.errors import NotFoundError, UsageError, one_line
-from lora_merge.folding.corridor import Fold, How, Located, fold_folder, is_there
+from lora_merge.folding.corridor import UNSIGNED, Fold, How, Located, fold_folder, is_there
 from lora_merge.folding.plan import FoldPlan, plan_of
 from lora_merge.intake import Reading
+from lora_merge.lock import SIGNATURE_NAME
 from lora_merge.options import require_sound
 from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
@@ -156,7 +157,8 @@ def _published(made: Fold, located: Located, private: bool | None, reading: Read
     names = [f"{what} {', '.join(who)}" for what, who in _changes(made) if who]
     message = one_line(f"Fold: {'; '.join(names)}")[:200]  # a ledger may be a stranger's
     pushed = push(made.output, target, message=message, max_wait=reading.max_wait, tell=reading.tell)
-    return replace(made, output=Path(located.place), published=pushed)
+    unsigned = [UNSIGNED] if SIGNATURE_NAME in pushed.published.removed else []
+    return replace(made, output=Path(located.place), published=pushed, warnings=[*made.warnings, *unsigned])
 
 
 def _changes(made: Fold) -> list[tuple[str, Sequence[str]]]:

@@ -1,5 +1,6 @@
 """From an adapter folder to the files to publish: accepted by the strict reader, carded, scanned for secrets."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -11,7 +12,8 @@ from yaml import YAMLError
 from lora_merge.agreement import is_local
 from lora_merge.card.card import client_card, completed_card, global_card
 from lora_merge.card.merged import Place, private_inputs
-from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.intact import WAY_ON, alterations
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, Refusals, RefusedError
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
@@ -81,6 +83,9 @@ def prepare(
             weights = list(weights_files(folder))
         with refusals.noted():
             ledger = _ledger(folder, records)
+        if ledger is not None:
+            with refusals.noted():
+                _require_intact(folder, ledger, records, weights)
         pinned = sorted({entry.source for entry in ledger.contributions if entry.commit}) if ledger else []
         place = Place(repo, LOCK_NAME in records, count_private(pinned) if pinned else None)
         if adapter is not None:
@@ -117,6 +122,14 @@ def _ledger(folder: Path, records: Mapping[str, bytes]) -> Ledger | None:
         raise RefusedError([Problem(str(folder), f"{name}, {error.field}", error.reason)]) from error
 
 
+def _require_intact(folder: Path, ledger: Ledger, records: Mapping[str, bytes], weights: Sequence[WeightsFile]) -> None:
+    """Raise `RefusedError` where a merged adapter is not what its merge wrote."""
+    small = {name: hashlib.sha256(content).hexdigest() for name, content in records.items() if name == CONFIG_NAME}
+    found = small | {file.name: file.sha256 for file in weights}
+    if problems := [Problem(str(folder), name, reason) for name, reason in alterations(ledger, found)]:
+        raise RefusedError(problems, hint=WAY_ON)
+
+
 def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> None:
     stated = adapter.statement.base_model.repo if adapter.statement else None
     names = {
@@ -135,6 +148,8 @@ def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> N
     ]
     if problems:
         hint = "Write the base model's repository id there, as in org/model: only you know which one it is."
+        if ledger is not None:
+            hint = "Write the base model's repository id, as in org/model, into its clients' files and merge them anew."
         raise RefusedError(problems, hint=hint)
 
 

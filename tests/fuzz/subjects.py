@@ -1,5 +1,6 @@
 """What is mutated: sound folders of many kinds, and the records of sound merges."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,10 @@ class Corpus:
         source = self.source(random, case)
         late, base = source.with_name("late"), source.with_name("base")
         if case.file == CORE:
-            self._write(self.scratch / "global", source, (WEIGHTS, CONFIG, LEDGER, LOCK), {CORE: data})
+            ledger = json.loads(self._read(source / LEDGER))
+            ledger["files"][CORE] = hashlib.sha256(data).hexdigest()  # else it is refused before it is read
+            mutated = {CORE: data, LEDGER: json.dumps(ledger).encode()}
+            self._write(self.scratch / "global", source, (WEIGHTS, CONFIG, LOCK), mutated)
             return judge_core(self.scratch / "global", late, base, self.merged)
         if case.file == LEDGER:
             if (how := judge_ledger(data)) != "accepted":
