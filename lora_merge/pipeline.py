@@ -144,7 +144,7 @@ def aggregate(
                 require_unchanged(known, record)
             defence, merges, measured = merged or run()
             sha256, judge = weights_hashes(contributions), not robust.defends
-            found = findings(inputs.sketched, sha256, screening or SCREENED, judge_norms=judge)
+            found = findings(inputs.sketched, sha256, screening or SCREENED, federation=federation, judge_norms=judge)
             ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
             ledger = with_defence(ledger, defence, measured)
             if core:

@@ -23,7 +23,7 @@ from lora_merge.folding.arrivals import arriving, refs_of, require_rule, weights
 from lora_merge.folding.by_mean import bound
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
-from lora_merge.folding.late import screened, with_screening
+from lora_merge.folding.late import screened, wholly_screened, with_screening
 from lora_merge.intake import UNSCREENED, Reading
 from lora_merge.ledger import Ledger, LeftOut
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -132,9 +132,11 @@ def fold_folder(
                 return Fold(onto.given or onto.folder, before.ledger, warnings=notes, left_out=left_out)
             weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
             change = change_of(before, arrivals, weighed.n, gone)
-            record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
             device = device_named(how.device)
             with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
+                if how.screening and parts.again and arrivals.new:
+                    found = wholly_screened(found, parts.federation, before, arrivals.new, how.screening)
+                record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
                 signed = (target / SIGNATURE_NAME).exists()
                 ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
             return Fold(

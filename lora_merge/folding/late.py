@@ -16,13 +16,15 @@ from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.schedule import over, pool
 from lora_merge.aggregation.sketch import Sketched, sketches_of_blocks
 from lora_merge.agreement import claim_problems
+from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
 from lora_merge.folding.arrivals import Arrivals, Contributions
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.ledger import Ledger
-from lora_merge.screening.measuring import Findings, Held, copies, findings, read_all
+from lora_merge.screening.measuring import Findings, Held, copies, findings, let_past, read_all
 from lora_merge.screening.selection import Selection
-from lora_merge.screening.stops import let_in
+from lora_merge.screening.stops import WAY_BY_BASE, Screening, late_ways, let_in
+from lora_merge.screening.whole import judged, values_in
 
 
 def screened(
@@ -96,6 +98,27 @@ def _held(before: GlobalAdapter, stay: Contributions, threads: ThreadPoolExecuto
 def _sketches(before: GlobalAdapter, rows: list[int], module: str) -> Tensor:
     whole = before.stacks.cut(module, 0, len(before.contributions))
     return sketches_of_blocks(whole, before.stacks.bounds[module])[rows]
+
+
+def wholly_screened(
+    found: Findings, federation: Federation, before: GlobalAdapter, arrivals: Collection[str], screening: Screening
+) -> Findings:
+    """The findings, with what the sizes say of what clients trained whole: of all whose files are read again for that.
+
+    Raises:
+        RefusedError: somebody, in already or not, is far larger than the others with it.
+    """
+    here = {client.id for client in federation.clients}
+    stay = here - {*arrivals}
+    were = {client: each.norm for client, each in before.contributions.items() if client in stay}
+    norms = {**{client: norm for client, norm in were.items() if norm is not None}, **found.norms}
+    with pool() as threads:
+        values = values_in(federation, threads)
+    waved = let_in(before.ledger.waved_through, "update", stay)
+    whole = judged(values, norms, federation, stay, waved)
+    ways = late_ways(whole.problems, stay) if whole.problems else ""
+    past = let_past(whole.problems, screening, f"{ways} {WAY_BY_BASE}" if whole.guessed else ways)
+    return replace(found, waved_through=[*found.waved_through, *past])
 
 
 def with_screening(

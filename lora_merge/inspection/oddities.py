@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from lora_merge.aggregation.gram import Gram
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.intake import Accepted
+from lora_merge.screening.measuring import norms, values
 from lora_merge.screening.stops import dominant, identical, nearly_identical, outliers
+from lora_merge.screening.whole import judged
 
 AWAY = -0.2  # a cosine below it is no coincidence between updates of so many numbers
 
@@ -21,10 +23,10 @@ def counts_stated(inputs: Accepted) -> dict[str, float]:
     return {client: float(count) for client, count in counts.items() if count is not None}
 
 
-def reasons_to_stop(inputs: Accepted, found: Gram) -> dict[str, list[str]]:
+def reasons_to_stop(inputs: Accepted) -> dict[str, list[str]]:
     """Why `aggregate` would stop, by client; counts are held against those of all who state one."""
-    problems = outliers(dict(zip(found.clients, found.norms.tolist(), strict=True)))
-    problems += dominant(counts_stated(inputs))
+    sizes = norms(inputs.sketched)
+    problems = [*outliers(sizes), *judged(values(inputs.sketched), sizes).problems, *dominant(counts_stated(inputs))]
     return _by_client((problem.client, f"{problem.field} {problem.reason}") for problem in problems)
 
 

@@ -7,15 +7,16 @@ from functools import partial
 
 from torch import Tensor
 
-from lora_merge.adapter import Adapter, Client, FactorsSpec
+from lora_merge.adapter import Adapter, Client
 from lora_merge.aggregation import gram
+from lora_merge.aggregation.apart import Values
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import Problem, RefusedError, one_line
 from lora_merge.screening.stops import (
-    FEW_NORMS,
+    WAY_BY_BASE,
     WAYS_PAST_OUTLIERS,
     Copy,
     Screening,
@@ -24,6 +25,7 @@ from lora_merge.screening.stops import (
     nearly_identical,
     outliers,
 )
+from lora_merge.screening.whole import Judged, judged
 
 PERHAPS_A_COPY = 0.99  # a sketched cosine; whether it is above the bound is then measured
 LONGEST_LINE = 500  # characters; a ledger takes short texts
@@ -62,6 +64,7 @@ def findings(
     hashes: Mapping[str, str],
     screening: Screening,
     *,
+    federation: Federation | None = None,
     held: Held | None = None,
     judge_norms: bool = True,
 ) -> Findings:
@@ -70,22 +73,29 @@ def findings(
     Args:
         clients: those that were screened; none where nothing is to be.
         hashes: the sha256 of each weights file.
-        held: what these are held against, where they come late.
+        federation: of the clients, with the base's tensors where they are at hand.
+        held: what these are held against, where they come late; what they trained whole is then for later, when all
+            files are read again.
         judge_norms: whether a norm may stop the merge: not where the user has large ones scaled down.
 
     Raises:
         RefusedError: an update is far larger than the others, be it one that is in already.
     """
-    sizes = norms(clients)
-    before = held.norms if held else {}
-    problems = outliers(sizes, before, held.let_in if held else ()) if judge_norms else []
-    if problems and not screening.allow_outliers:
-        raise RefusedError(problems, hint=late_ways(problems, before) if held else WAYS_PAST_OUTLIERS)
+    before, own = held.norms if held else {}, norms(clients)
+    problems = outliers(own, before, held.let_in if held else ()) if judge_norms else []
+    whole = judged(values(clients), own, federation) if judge_norms and held is None else Judged()
+    problems = [*problems, *whole.problems]
+    hint = late_ways(problems, before) if held and problems else WAYS_PAST_OUTLIERS
+    waved = let_past(problems, screening, f"{hint} {WAY_BY_BASE}" if whole.guessed else hint)
     warnings = [f"{copy.client} {copy}. --drop-duplicates keeps the first." for copy in copies(clients, hashes, held)]
-    if judge_norms and len(clients) + len(before) >= FEW_NORMS and (unknown := not_measured(clients)):
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        warnings.append(f"the norms leave out what has no size without the base model: {shown}.")
-    return Findings(sizes, warnings, [one_line(f"{each} (--allow-outliers)")[:LONGEST_LINE] for each in problems])
+    return Findings(own, warnings, waved)
+
+
+def let_past(problems: Sequence[Problem], screening: Screening, hint: str) -> list[str]:
+    """What a ledger says of large updates that the user lets in; raises `RefusedError` unless the user does."""
+    if problems and not screening.allow_outliers:
+        raise RefusedError(problems, hint=hint)
+    return [one_line(f"{each} (--allow-outliers)")[:LONGEST_LINE] for each in problems]
 
 
 def read_all(clients: Mapping[str, Sketched], threads: ThreadPoolExecutor) -> dict[str, list[Problem]]:
@@ -138,12 +148,11 @@ def _measured(
     return {(one, two): float(exact[names.index(one), names.index(two)]) for one, two in perhaps}
 
 
+def values(clients: Mapping[str, Sketched]) -> dict[str, Values]:
+    """The sketches of what each client trained whole."""
+    return {client: adapter.values for client, adapter in clients.items()}
+
+
 def norms(clients: Mapping[str, Sketched]) -> dict[str, float]:
     """The norm of each update that was read, as far as it can be measured."""
     return {client: norm for client, adapter in clients.items() if (norm := adapter.norm) is not None}
-
-
-def not_measured(clients: Mapping[str, Sketched]) -> list[str]:
-    """The tensors that have no size without the base: those trained whole, and DoRA's magnitudes."""
-    specs: Sequence[tuple[str, object]] = [item for adapter in clients.values() for item in adapter.specs.items()]
-    return sorted({name for name, spec in specs if not isinstance(spec, FactorsSpec) or spec.magnitude})

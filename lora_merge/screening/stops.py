@@ -3,11 +3,13 @@
 Counts and norms are never changed unasked: a stop names the ways on.
 """
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_merge.aggregation.apart import Whole
 from lora_merge.errors import Problem, UsageError, one_line
 
 FEW_COUNTS, FEW_NORMS = 4, 3  # with fewer clients, none of them is an outlier
@@ -135,9 +137,46 @@ def outliers(
     return found
 
 
+def oversized(
+    norms: Mapping[str, float], wholes: Mapping[str, Whole], before: Collection[str] = (), let_in: Collection[str] = ()
+) -> list[Problem]:
+    """The clients whose update is above five times the usual size only with what they trained whole.
+
+    What is usual goes by the tensors that a client has: whoever trained a large one more is held against the others
+    that did, and where too few did, only what the base proves counts. From three clients on.
+
+    Args:
+        norms: the low-rank norms of all clients.
+        wholes: of each client that trained something whole, how much that is.
+        before: those of them who are in already; let_in: as of `dominant`.
+    """
+    median = median_of(list(norms.values()))
+    if len(norms) < FEW_NORMS:
+        return []
+    found = []
+    for client, whole in wholes.items():
+        norm, usual = norms.get(client, 0.0), math.hypot(median, whole.usual)
+        times = math.hypot(norm, whole.size) / usual if usual else 0.0
+        if client not in let_in and times > TIMES_MEDIAN and norm <= TIMES_MEDIAN * median:  # else its norm stops
+            said = f"is more than {_at_least(times):g} times as large as usual with what it trained whole, "
+            said += f"most of all {' '.join(filter(None, whole.largest))}, which lies that far from {_others(whole)}"
+            found.append(Problem(client, "update", said + _where(client, norms.keys() - before)))
+    return found
+
+
+def _others(whole: Whole) -> str:
+    return "the base model's" if whole.from_base else "the nearer half of the other clients'"
+
+
+def _at_least(times: float) -> float:
+    """A round number below: what is estimated with signs of one process's own would differ in any digit."""
+    return max(TIMES_MEDIAN, 10.0 ** math.floor(math.log10(min(times, 1e30))))
+
+
 WAYS_PAST_OUTLIERS = (
     "Scale them down: --clip 3x (of the median norm). Leave them out: --exclude SOURCE. Let them in: --allow-outliers."
 )
+WAY_BY_BASE = "Or measure what was trained whole beside the base model: --base FOLDER."
 _LATE_WAYS = {  # by the field of the problem
     "update": ("Let them in: --allow-outliers.", "--clip 3x scales large ones down."),
     "num_examples": (

@@ -1,0 +1,134 @@
+"""How large the values are that clients trained whole: full tensors, rows of tokens, DoRA's magnitudes.
+
+Such a value W_i is no update. Beside the base's it has the size |W_i - W0|; without it, only its distances to the other
+clients' values are known, and the one taken is the farthest within the nearer half of them, which a minority can
+neither stretch nor shrink. Where honest clients move alike it is below |W_i - W0|, so it is never judged alone but as
+a part of the whole update, beside its exact low-rank norm.
+
+Both are estimated from 64 sums with random signs, u W v^T, taken while a merge reads the values: for any W a norm is
+right to about a fifth, for most to a tenth. The signs are this process's own. With signs that are known beforehand,
+whoever hands in W could boost it in a direction in which no sum changes.
+"""
+
+import math
+import secrets
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapter import Factors, FullTensor, Update
+from lora_merge.aggregation import lowrank
+
+ROWS, OF_EACH = 32, 2  # sums u_j W v_jk
+LONGEST_ROW = 4096  # a longer vector is folded into rows
+FEW = 3  # of fewer clients, none is far from the others
+NOISE = 1e-6  # of a value's norm: the rounding of fp32, below which a distance is none
+MAGNITUDE = "magnitude"
+
+Piece: TypeAlias = tuple[str, str]  # the module or tensor, and which part of it: a token, the magnitude, or all ("")
+Values: TypeAlias = Mapping[Piece, bytes]  # the sketch of each
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What one client trained whole.
+
+    Attributes:
+        size: its norm over all pieces, as far as it is measured.
+        usual: what that is, over the same pieces, where each is as the median client's.
+        largest: the piece with most of it.
+        from_base: whether that one is measured from the base, and not from the other clients.
+    """
+
+    size: float
+    usual: float
+    largest: Piece
+    from_base: bool
+
+
+def pieces_of(name: str, update: Update) -> Iterator[tuple[Piece, Tensor]]:
+    """The values in an update, each of which replaces one of the base's."""
+    if isinstance(update, FullTensor):
+        yield (name, ""), update.value
+    elif not isinstance(update, Factors):
+        yield from (((name, str(token)), row) for token, row in zip(update.indices, update.rows, strict=True))
+    elif update.magnitude is not None:
+        yield (name, MAGNITUDE), update.magnitude
+
+
+def sketch_of_value(value: Tensor) -> bytes:
+    """The sums of a value, fp64, in O(32 entries): linear, and the mean of their squares estimates |W|^2."""
+    W = _matrix(value.cpu())
+    U, V = _signs(*W.shape)
+    sums = ((U @ W)[:, None] * V).sum(dim=2, dtype=torch.float64)
+    if not torch.isfinite(sums).all():  # fp32 ends where honest values never are
+        sums = ((U.double() @ W.double())[:, None] * V).sum(dim=2)
+    return bytes(sums.numpy().tobytes())
+
+
+def wholes(clients: Mapping[str, Values], base: Values) -> dict[str, Whole]:
+    """The size of what each client trained whole; of those only that have a piece that is measured.
+
+    Args:
+        base: the base's values, as far as they are at hand.
+    """
+    squares: dict[str, dict[Piece, float]] = {client: {} for client in clients}
+    usual: dict[Piece, float] = {}
+    for piece in sorted({piece for values in clients.values() for piece in values}):
+        having = [client for client, values in clients.items() if piece in values]
+        if piece not in base and len(having) < FEW:
+            continue
+        rows = torch.stack([_row(clients[client][piece]) for client in having])
+        found = _sizes(rows, _row(base[piece]) if piece in base else None)
+        above = [size for size in found if size > 0]  # a client that left it as it was says nothing of what is usual
+        usual[piece] = statistics.median(above) ** 2 if above and len(found) >= FEW else 0.0
+        for client, size in zip(having, found, strict=True):
+            squares[client][piece] = size**2
+    found_of = {}
+    for client, each in squares.items():
+        if each:
+            size, common = (math.sqrt(sum(of[piece] for piece in each)) for of in (each, usual))
+            largest = max(each, key=lambda piece: each[piece])
+            found_of[client] = Whole(size, common, largest, largest in base)
+    return found_of
+
+
+def _sizes(rows: Tensor, base: Tensor | None) -> list[float]:
+    """|W_i - W0| of each row, or without W0 its distance to the last of the nearer half of the others."""
+    if base is not None:
+        found = (rows - base).norm(dim=1)
+    else:
+        # By differences: from inner products, one row that is far off would take all digits from the others.
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").nan_to_num(nan=math.inf)
+        found = distances.sort(dim=1).values[:, len(rows) // 2]  # the first one is its own
+    found = torch.where(found > NOISE * rows.norm(dim=1), found, 0.0)
+    return list((found / math.sqrt(ROWS * OF_EACH)).nan_to_num(nan=math.inf).tolist())
+
+
+def _row(packed: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.float64)
+
+
+def _matrix(value: Tensor) -> Tensor:
+    if value.ndim > 1:
+        return value.reshape(len(value), -1)
+    width = max(1, min(value.numel(), LONGEST_ROW))
+    return torch.nn.functional.pad(value.reshape(-1), (0, -value.numel() % width)).reshape(-1, width)
+
+
+@lru_cache(maxsize=16)
+def _signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """U (32 x rows) and V (32 x 2 x columns)."""
+    U = lowrank.signs(ROWS, rows, lowrank.sketch_seed(_secret(), f"rows {rows}"))
+    V = lowrank.signs(ROWS * OF_EACH, columns, lowrank.sketch_seed(_secret(), f"columns {columns}"))
+    return U, V.reshape(ROWS, OF_EACH, columns)
+
+
+@cache
+def _secret() -> int:
+    return secrets.randbits(64)

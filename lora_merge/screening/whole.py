@@ -1,0 +1,116 @@
+"""What clients trained whole, sized: beside the base model's values where those are at hand, else beside each other."""
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_merge.adapter import Client, FactorsSpec, FullSpec, TokenSpec
+from lora_merge.aggregation import apart
+from lora_merge.aggregation.apart import MAGNITUDE, Piece, Values, pieces_of, sketch_of_value
+from lora_merge.aggregation.dora import row_parts
+from lora_merge.aggregation.schedule import over, pool
+from lora_merge.checkpoint.federation import Federation, base_name
+from lora_merge.errors import NotFoundError, Problem, UsageError
+from lora_merge.screening.stops import FEW_NORMS, oversized
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the sizes of what clients trained whole say.
+
+    Attributes:
+        problems: the clients whose update is far larger than the others' with it.
+        guessed: whether some of them are held against the other clients only, for want of the base.
+    """
+
+    problems: Sequence[Problem] = ()
+    guessed: bool = False
+
+
+def judged(
+    values: Mapping[str, Values],
+    norms: Mapping[str, float],
+    federation: Federation | None = None,
+    before: Collection[str] = (),
+    let_in: Collection[str] = (),
+) -> Judged:
+    """Hold what clients trained whole against the base's values, or each other's; plain LoRA costs nothing.
+
+    Where fewer than three clients have something, only the base tells its size; a merge has that at hand, since it
+    needs it then.
+
+    Args:
+        values: the sketches of it, by client id.
+        norms: the low-rank norms of all clients.
+        federation: of the clients, with the base where that is at hand.
+        before, let_in: who is in already, and whom of those the user let in knowingly.
+    """
+    values = {client: each for client, each in values.items() if each}
+    if not values or len(norms) < FEW_NORMS:
+        return Judged()
+    base = _base_values(federation, sorted({piece for each in values.values() for piece in each}))
+    sizes = apart.wholes(values, base)
+    problems = oversized(norms, sizes, before, let_in)
+    return Judged(problems, guessed=any(not sizes[problem.client].from_base for problem in problems))
+
+
+def values_in(federation: Federation, threads: ThreadPoolExecutor) -> dict[str, dict[Piece, bytes]]:
+    """The sketches of what each client trained whole, which is read for it; nothing else is."""
+    tasks = [
+        (client, name)
+        for client in federation.clients
+        for name, spec in client.adapter.specs.items()
+        if not isinstance(spec, FactorsSpec) or spec.magnitude
+    ]
+    found: dict[str, dict[Piece, bytes]] = {}
+    for (client, _), sketches in zip(tasks, over(threads, partial(_values, federation), tasks), strict=True):
+        found.setdefault(client.id, {}).update(sketches)
+    return found
+
+
+def _values(federation: Federation, task: tuple[Client, str]) -> dict[Piece, bytes]:
+    client, name = task
+    return {piece: sketch_of_value(value) for piece, value in pieces_of(name, federation.read(client, name))}
+
+
+def _base_values(federation: Federation | None, pieces: Sequence[Piece]) -> Values:
+    if federation is None or federation.base is None:
+        return {}
+    with pool() as threads:
+        found = over(threads, partial(_base_value, federation), pieces)
+    return {piece: sketch for piece, sketch in zip(pieces, found, strict=True) if sketch is not None}
+
+
+def _base_value(federation: Federation, piece: Piece) -> bytes | None:
+    """The sketch of the base's own value, one tensor of which is in memory at a time; None where it has no such one.
+
+    What does not fit is no error here: the merge may not need it.
+    """
+    name, part = piece
+    try:
+        value = _read(federation, name, part)
+    except (NotFoundError, UsageError):
+        return None
+    return None if value is None else sketch_of_value(value)
+
+
+def _read(federation: Federation, name: str, part: str) -> Tensor | None:
+    spec = federation.spec(name)
+    if isinstance(spec, FullSpec):
+        read = federation.value(name).base
+        return read() if read else None
+    if isinstance(spec, TokenSpec):
+        assert federation.base is not None
+        row = federation.base.row(base_name(name), int(part))
+        return row if len(row) == spec.d else None
+    return _row_norms(federation, name) if isinstance(spec, FactorsSpec) and part == MAGNITUDE else None
+
+
+def _row_norms(federation: Federation, name: str) -> Tensor | None:
+    """The magnitude that DoRA starts from: the norm of each row of W0."""
+    weight = federation.module(name).base_weight
+    return torch.cat([part.norm(dim=1) for part in row_parts(weight())]) if weight else None
