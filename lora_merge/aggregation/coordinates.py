@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_merge.aggregation import target
 from lora_merge.aggregation.module import Module
-from lora_merge.aggregation.registry import MethodRefused, Options, Plan, target_plan
+from lora_merge.aggregation.registry import Options, Plan, require_no_dora, target_plan
 from lora_merge.aggregation.robust import trimmed_mean, weighted_median
 from lora_merge.aggregation.target import Target
 from lora_merge.aggregation.whole import Value
@@ -47,8 +47,8 @@ class Coordinates:
 
 def plan(module: Module, rule: Coordinates, method: str, options: Options) -> Plan:
     """What `exact` or `svd` writes of the rule's result."""
-    if module.dora:
-        raise MethodRefused("use_dora", f"--robust {rule.name} cannot merge DoRA: its result has no magnitudes")
+    why = "its result has no magnitudes; --robust geometric-median, krum and multi-krum can"
+    require_no_dora(module, f"--robust {rule.name}", why)
 
     def form() -> Target:
         n = torch.tensor([share.n for share in module.shares], dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_merge.adapter import Factors
 from lora_merge.aggregation import dora, lowrank
 from lora_merge.aggregation.module import Module
-from lora_merge.aggregation.registry import METHODS, MethodRefused, Options, Plan, method
+from lora_merge.aggregation.registry import METHODS, MethodRefused, Options, Plan, method, require_no_dora
 from lora_merge.aggregation.sparsifying import dare, ties
 from lora_merge.aggregation.sums import (
     beside_identity,
@@ -146,8 +146,7 @@ def _as_it_is(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_one_rank(module: Module, name: str) -> None:
-    if module.dora:
-        raise MethodRefused("use_dora", f"{name} cannot merge DoRA: its magnitudes have no mean of this form")
+    require_no_dora(module, name, "its magnitudes have no mean of this form")
     if any(share.stored for share in module.shares):
         raise MethodRefused("method", f"{name} needs the clients' own lora_A, which a stack of blocks does not keep")
     ranks = sorted({share.spec.r for share in module.shares})

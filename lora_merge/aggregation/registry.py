@@ -91,6 +91,13 @@ class MethodRefused(ValueError):
         self.field, self.reason, self.share = field, reason, share
 
 
+def require_no_dora(module: Module, name: str, why: str) -> None:
+    """Raise `MethodRefused`, naming the first client by id that trained this module as DoRA."""
+    for share in module.shares:
+        if share.spec.magnitude:
+            raise MethodRefused("use_dora", f"{name} cannot merge DoRA: {why}", share)
+
+
 PlanFunction: TypeAlias = Callable[[Module, Options], Plan]
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lora_merge.aggregation import lowrank, target
 from lora_merge.aggregation.module import Module, Share
-from lora_merge.aggregation.registry import MethodRefused, Options, Plan, method, target_plan
+from lora_merge.aggregation.registry import Options, Plan, method, require_no_dora, target_plan
 from lora_merge.aggregation.target import BIAS, LARGEST, Target
 
 DENSITY = {"ties": 0.2, "dare": 0.5}  # where the user does not say; that of TIES is its paper's
+NO_MAGNITUDES = "its result has none of the magnitudes that DoRA needs"
+INSTEAD = "--method exact or svd merges DoRA, also with --robust geometric-median."
 HEEDED = ("rank", "energy", "seed", "density")
 
 
@@ -24,12 +26,13 @@ HEEDED = ("rank", "energy", "seed", "density")
     laws={"order", "rotation", "scale"},
     folds=None,
     heeds=HEEDED,
+    instead=INSTEAD,
     linear=False,
 )
 def ties(module: Module, options: Options) -> Plan:
     """Each client's largest entries; of those, the mean of the clients that agree with the heavier sign."""
     density = DENSITY["ties"] if options.density is None else options.density
-    _require_no_dora(module, "ties")
+    require_no_dora(module, "ties", NO_MAGNITUDES)
 
     def form() -> Target:
         least = {} if density == 1 else _least_kept(module, density)
@@ -52,11 +55,12 @@ def ties(module: Module, options: Options) -> Plan:
     laws={"order", "rotation", "scale"},
     folds=None,
     heeds=HEEDED,
+    instead=INSTEAD,
 )
 def dare(module: Module, options: Options) -> Plan:
     """The weighted mean of the updates, entries of which are dropped at random and the others enlarged for them."""
     density = DENSITY["dare"] if options.density is None else options.density
-    _require_no_dora(module, "dare")
+    require_no_dora(module, "dare", NO_MAGNITUDES)
 
     def form() -> Target:
         masks = [_Mask(share, module.name, options.seed, density) for share in module.shares]
@@ -123,8 +127,3 @@ class _Mask:
     def _generator(self, of_bias: bool) -> torch.Generator:
         name = f"{self.module}:{self.share.client}" + (":bias" if of_bias else "")
         return torch.Generator().manual_seed(lowrank.sketch_seed(self.seed, name))
-
-
-def _require_no_dora(module: Module, name: str) -> None:
-    if module.dora:
-        raise MethodRefused("use_dora", f"{name} cannot merge DoRA: its result has no magnitudes")

@@ -185,10 +185,15 @@ def test_workers_and_the_order_of_the_clients_do_not_change_a_byte(
 
 
 @each_rule
-def test_dora_is_refused(rule: Robust, federations: Federations, tmp_path: Path) -> None:
-    made = federations(next(kind for kind in KINDS if kind.name == "DoRA"))
-    with pytest.raises(RefusedError, match="cannot merge DoRA"):
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA and plain LoRA"])
+def test_dora_is_refused_naming_whose_it_is_and_what_can(
+    kind: str, rule: Robust, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(each for each in KINDS if each.name == kind))
+    with pytest.raises(RefusedError, match=r"cannot merge DoRA: .* geometric-median") as caught:
         aggregate(made.clients, tmp_path / "global", robust=rule, base=made.base)
+    assert {problem.field for problem in caught.value.problems} == {"use_dora"}
+    assert {problem.client for problem in caught.value.problems} <= {"org/client-0", "org/client-2"}
     assert list(tmp_path.iterdir()) == []
 
 

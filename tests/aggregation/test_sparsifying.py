@@ -155,10 +155,16 @@ def test_a_rank_by_energy_keeps_it(method: str, plain: tuple[Path, ...], tmp_pat
 
 
 @each_method
-def test_dora_is_refused(method: str, federations: Federations, tmp_path: Path) -> None:
-    made = federations(next(kind for kind in KINDS if kind.name == "DoRA"))
-    with pytest.raises(RefusedError, match="cannot merge DoRA"):
+@pytest.mark.parametrize("kind", ["DoRA", "DoRA and plain LoRA"])
+def test_dora_is_refused_naming_whose_it_is_and_what_can(
+    kind: str, method: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(each for each in KINDS if each.name == kind))
+    with pytest.raises(RefusedError, match="cannot merge DoRA") as caught:
         aggregate(made.clients, tmp_path / "global", method=method, base=made.base)
+    assert {problem.field for problem in caught.value.problems} == {"use_dora"}
+    assert {problem.client for problem in caught.value.problems} <= {"org/client-0", "org/client-2"}
+    assert "--method exact" in caught.value.hint
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.1, float("nan"), True])
