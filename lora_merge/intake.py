@@ -12,13 +12,14 @@ from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import federation_problems
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.errors import Problem, RefusedError, UsageError
+from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.measuring import copies, read_all
 from lora_merge.screening.selection import Selection, by_client_id, listed, require_exclusions_used
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import weighed
 from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
-from lora_merge.sources.rooms import MAX_WAIT, Rooms, open_rooms
+from lora_merge.sources.rooms import Rooms, open_rooms
 
 FILES_BESIDE = 200  # sockets, caches, libraries
 UNSCREENED = Screening(allow_dominant=True, allow_outliers=True)

@@ -23,6 +23,7 @@ from lora_merge.checkpoint.planned import CertificateMode, Measured, Merge, Sett
 from lora_merge.defence import Defended, defended, require_rule, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
+from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.intake import Reading, accepted
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -40,7 +41,6 @@ from lora_merge.screening.measuring import findings
 from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
-from lora_merge.sources.rooms import MAX_WAIT
 
 RANK_THAT_SERVERS_TAKE = 512
 PLAIN = Robust()

@@ -43,8 +43,10 @@ from lora_merge.cli.screening import (
 )
 from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.cli.sources import sources_of
+from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.cli.weights import weights_given
 from lora_merge.errors import UsageError
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -129,7 +131,7 @@ def aggregate(
     drop_duplicates: DropDuplicatesOption = False,
     exclude: ExcludeOption = None,
     skip_rejected: SkipRejectedOption = False,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300,
+    max_wait: MaxWaitOption = MAX_WAIT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
     ] = False,
@@ -152,7 +154,10 @@ def aggregate(
     Example: lora-merge aggregate 'org/client-*' --output global
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting(resume="Run the same command again: what is whole is not downloaded again."):
+    with (
+        out.reporting(resume="Run the same command again: what is whole is not downloaded again."),
+        waiting_at_most(max_wait),
+    ):
         parts = {"weights": weights, "weight": weight, "rank": rank, "energy": energy, "density": density}
         of = without_those_typed_over(context, parts | {"byzantine": byzantine, "trim": trim})
         chosen = weights_given(of["weights"], of["weight"] or [])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def check(
     source: Annotated[str, typer.Argument(metavar="DIR|REPO", help="An adapter: a folder, ORG/NAME or a URL.")],
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -28,7 +30,7 @@ def check(
     Example: lora-merge check my-adapter
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(), waiting_at_most(max_wait):
         from lora_merge.inspection.check import check as run
         from lora_merge.intake import Reading
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, QuietOption, plain
-from lora_merge.cli.push import MAX_WAIT, MaxWaitOption
+from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.errors import StorageError, UsageError
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,7 +69,7 @@ def evaluate(
     Example: lora-merge evaluate 'clients/*' global --base org/base --data held-out.jsonl
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(), waiting_at_most(max_wait):
         if output:
             _check_output(output, [*adapters, base, data], force)
         from lora_merge.evaluation.comparison import Question, compare

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 
 class FileType(StrEnum):
@@ -25,6 +27,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to make.")],
     dtype: Annotated[FileType, typer.Option(help="Float type of the file; the sum is always in fp32.")] = FileType.fp32,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that is at --output.")] = False,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -34,7 +37,7 @@ def export(
     Example: lora-merge export global --base org/base --output merged
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(), waiting_at_most(max_wait):
         from lora_merge.evaluation.merged_model import export as export_model
 
         if dtype is not FileType.fp32:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
-from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption, RepoArgument, target_of
+from lora_merge.cli.push import PrivateOption, RepoArgument, target_of
 from lora_merge.cli.recipes import recipe_names
 from lora_merge.cli.train import quieten
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from lora_merge.federation.found import Founded
@@ -35,7 +37,7 @@ def init(
     Example: lora-merge init org/federation --recipe laptop --public
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting(resume="The same command goes on; it sees what has been published."):
+    with out.reporting(resume="The same command goes on; it sees what has been published."), waiting_at_most(max_wait):
         from lora_merge.federation.found import found
 
         quieten()

@@ -13,6 +13,8 @@ from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, 
 from lora_merge.cli.screening import AllowListOption, ExcludeOption
 from lora_merge.cli.sizes import size_text
 from lora_merge.cli.sources import sources_of
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -29,7 +31,7 @@ def inspect(
     ],
     allow_list: AllowListOption = None,
     exclude: ExcludeOption = None,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -41,7 +43,7 @@ def inspect(
     Example: lora-merge inspect 'org/client-*'
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(), waiting_at_most(max_wait):
         from lora_merge.inspection.inspect import inspect as run
         from lora_merge.intake import Reading
         from lora_merge.screening.stops import Screening

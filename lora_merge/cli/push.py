@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.errors import LoraMergeError, UsageError
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from lora_merge.publish.push import Pushed
@@ -23,11 +25,6 @@ PrivateOption = Annotated[
 CreatePrOption = Annotated[
     bool, typer.Option("--create-pr", help="Propose it as a pull request, in somebody else's repository.")
 ]
-MaxWaitOption = Annotated[
-    float,
-    typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together; reading and publishing each."),
-]
-MAX_WAIT = 300.0  # the default of --max-wait: the Hub counts its limits by five minutes
 
 
 def push(
@@ -50,7 +47,7 @@ def push(
     Example: lora-merge push global org/global --public
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting(resume="The same command goes on; it sees what has been published."):
+    with out.reporting(resume="The same command goes on; it sees what has been published."), waiting_at_most(max_wait):
         target = target_of(repo, private, create_pr, revision)
         pushed = publish(out, folder, target, message=message, evaluation=evaluation, max_wait=max_wait)
         out.result(record_of(pushed), made=pushed.published.commit, show=lambda: plain(summary_of(pushed)))

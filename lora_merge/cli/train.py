@@ -10,9 +10,7 @@ import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import (
-    MAX_WAIT,
     CreatePrOption,
-    MaxWaitOption,
     PrivateOption,
     PushOption,
     may_publish,
@@ -21,6 +19,8 @@ from lora_merge.cli.push import (
     push_summary,
 )
 from lora_merge.cli.recipes import recipe_names
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from lora_merge.recipe import LoadedRecipe
@@ -61,9 +61,8 @@ def train(
     Example: lora-merge train laptop --data mine.jsonl --client-id org/client-1 --output client-1
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting(
-        resume="The same command with --resume goes on from the last checkpoint, or anew if there is none yet."
-    ):
+    resumed = "The same command with --resume goes on from the last checkpoint, or anew if there is none yet."
+    with out.reporting(resumed), waiting_at_most(max_wait):
         from lora_merge.training.job import Job, check_job
 
         target = may_publish(out, push, private, create_pr, max_wait)  # now, and not after hours of training

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
+from lora_merge.cli.waiting import MaxWaitOption
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +27,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Only identical bytes will do.")] = False,
     base: Annotated[str | None, typer.Option(help="The base model, where the merge needs it.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Modules merged at a time.  [default: CPUs]")] = None,
-    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")] = 300.0,
+    max_wait: MaxWaitOption = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -35,7 +37,7 @@ def verify(
     Example: lora-merge verify org/global
     """
     out = Output(as_json, quiet, debug)
-    with out.reporting():
+    with out.reporting(), waiting_at_most(max_wait):
         from lora_merge.intake import Reading
         from lora_merge.verify import verify as run
 

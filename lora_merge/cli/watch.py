@@ -11,7 +11,7 @@ import typer
 from lora_merge.cli.aggregate import DTYPES
 from lora_merge.cli.evaluate import PromptForm
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption
-from lora_merge.cli.push import MAX_WAIT, MaxWaitOption, PrivateOption
+from lora_merge.cli.push import PrivateOption
 from lora_merge.cli.screening import (
     AllowDominantOption,
     AllowListOption,
@@ -22,7 +22,9 @@ from lora_merge.cli.screening import (
 from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.cli.sources import require_no_standard_input, sources_of
 from lora_merge.cli.tally import Tally, end, show
+from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.errors import UsageError
+from lora_merge.hub.waiting import MAX_WAIT
 
 if TYPE_CHECKING:
     from lora_merge.intake import Reading

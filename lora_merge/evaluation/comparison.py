@@ -16,8 +16,8 @@ from lora_merge.evaluation.answers import answer_nll, greedy_answer
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
 from lora_merge.evaluation.models import Opened, attach, is_global, load_base, open_adapters
+from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.base_models import FoundBase, find_model, weights_sha256
-from lora_merge.sources.rooms import MAX_WAIT
 from lora_merge.training.base_model import load_tokenizer
 from lora_merge.training.data import read_rows
 

@@ -15,9 +15,10 @@ from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.errors import Problem, RefusedError
+from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.base_models import FoundBase
 from lora_merge.sources.reference import Advance, Tell
-from lora_merge.sources.rooms import MAX_WAIT, open_rooms
+from lora_merge.sources.rooms import open_rooms
 from lora_merge.training.base_model import load_model
 
 if TYPE_CHECKING:

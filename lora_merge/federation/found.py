@@ -8,7 +8,8 @@ from huggingface_hub import HfApi
 
 from lora_merge.errors import UsageError
 from lora_merge.federation.contract import FILES, Start, contract_files
-from lora_merge.hub.client import Tell, hub_session
+from lora_merge.hub.client import hub_session
+from lora_merge.hub.waiting import Tell
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.files import RecordFile
 from lora_merge.publish.push import require_access_with, require_repository_name
@@ -54,7 +55,6 @@ def found(
             target,
             Content(files, kind=FILES, rivals=("adapter_config.json", "adapter_model.safetensors")),
             message=f"The federation's recipe: {settled.name}",
-            max_wait=max_wait,
             tell=tell,
         )
     return Founded(settled, start, published)

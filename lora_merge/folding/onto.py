@@ -14,13 +14,14 @@ from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.errors import NotFoundError, UsageError, one_line
 from lora_merge.folding.corridor import UNSIGNED, Fold, How, Located, fold_folder, is_there
 from lora_merge.folding.plan import FoldPlan, plan_of
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 from lora_merge.intake import Reading
 from lora_merge.lock import SIGNATURE_NAME
 from lora_merge.options import require_sound
 from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
-from lora_merge.sources.rooms import MAX_WAIT, open_rooms
+from lora_merge.sources.rooms import open_rooms
 
 __all__ = ["Fold", "FoldPlan", "fold", "plan"]
 
@@ -83,16 +84,17 @@ def fold(
     if output is not None:
         check_free(Path(output), force=force)
     reading = Reading(max_wait, tell, progress)
-    located = _located(onto, reading)
-    if output is not None or not _is_repository(located):
-        target = Path(onto) if output is None else Path(output)
-        require_outside_adapters(target, option)
-        return fold_folder(sources, replace(located, given=Path(onto)), target, withdraw, how, reading)
-    with scratch_folder() as scratch:
-        made = fold_folder(sources, located, scratch / "global", withdraw, how, reading)
-        if not made.changed:
-            return replace(made, output=Path(located.place))
-        return _published(made, located, private, reading)
+    with waiting_at_most(max_wait):
+        located = _located(onto, reading)
+        if output is not None or not _is_repository(located):
+            target = Path(onto) if output is None else Path(output)
+            require_outside_adapters(target, option)
+            return fold_folder(sources, replace(located, given=Path(onto)), target, withdraw, how, reading)
+        with scratch_folder() as scratch:
+            made = fold_folder(sources, located, scratch / "global", withdraw, how, reading)
+            if not made.changed:
+                return replace(made, output=Path(located.place))
+            return _published(made, located, private, reading)
 
 
 def plan(
@@ -115,11 +117,12 @@ def plan(
         NotFoundError: there is no global adapter yet; and what `fold` raises before it reads weights.
     """
     reading = Reading(max_wait, tell)
-    located = _located(onto, reading)
-    if located.folder is None:
-        hint = "For what its first merge would read: the same command without --onto."
-        raise NotFoundError(f"There is no global adapter {located.place} yet.", hint=hint)
-    return plan_of(sources, located, withdraw, How(chosen, weights, screening=screening), reading)
+    with waiting_at_most(max_wait):
+        located = _located(onto, reading)
+        if located.folder is None:
+            hint = "For what its first merge would read: the same command without --onto."
+            raise NotFoundError(f"There is no global adapter {located.place} yet.", hint=hint)
+        return plan_of(sources, located, withdraw, How(chosen, weights, screening=screening), reading)
 
 
 def _is_repository(located: Located) -> bool:

@@ -9,11 +9,10 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
@@ -27,10 +26,8 @@ from huggingface_hub.utils._xet import abort_xet_session
 
 from lora_merge import __version__
 from lora_merge.errors import NetworkError
+from lora_merge.hub.waiting import MAX_WAIT, Patience, Tell, waiting_at_most
 
-Tell: TypeAlias = Callable[[str], None]
-
-MAX_WAIT = 300.0  # seconds: the Hub counts its limits by five minutes
 BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names none
 TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
 CALL_SECONDS = 60.0
@@ -38,10 +35,11 @@ SLOWEST_BYTES_A_SECOND = 10_000
 # Xet has a client of its own, which would wait five minutes for a byte, and hold 1.5 GB of them; whatever a server asks
 # it to wait, it tries by its own times. It reads these from the environment when its first transfer begins; what the
 # user has set there stays.
+XET_TRIES = "HF_XET_CLIENT_RETRY_MAX_DURATION"
 XET_SETTINGS = {
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
     "HF_XET_CLIENT_READ_TIMEOUT": "30s",
-    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
+    XET_TRIES: "60s",
     "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "256mb",
     "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "256mb",
     "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_PERFILE_SIZE": "64mb",
@@ -59,27 +57,51 @@ def hub_session(max_wait: float = MAX_WAIT, tell: Tell = lambda line: None) -> I
     """The Hub's API (at HF_ENDPOINT, with the user's token), whose every call has a deadline.
 
     Args:
-        max_wait: the seconds that the session may wait for a busy Hub, the waits of all its calls together.
+        max_wait: the seconds that the session may wait for a busy Hub, the waits of all its calls together; within
+            `waiting_at_most`, what is left of that.
         tell: called with a line when a wait begins.
     """
-    patience = Patience(max_wait, tell)
+    with (
+        waiting_at_most(max_wait) as budget,
+        _waiting_with(Patience(budget, tell)),
+        _xet_settings(budget.left),
+        _bars_on_a_terminal_only(),
+    ):
+        yield HfApi(library_name="lora-merge", library_version=__version__)
+
+
+@contextmanager
+def _waiting_with(patience: Patience) -> Iterator[None]:
+    """The library's calls go through clients with this patience; what it would warn of, they tell."""
     before = library._GLOBAL_CLIENT_FACTORY
     set_client_factory(lambda: HubClient(patience))
-    settings = {**XET_SETTINGS, **_shorter_tries(max_wait)}
-    added = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(added)
     log = logging.getLogger("huggingface_hub")
     level = log.level
-    log.setLevel(logging.ERROR if level == logging.WARNING else level)  # what it warns of, we tell
+    log.setLevel(logging.ERROR if level == logging.WARNING else level)
     try:
-        with _bars_on_a_terminal_only():
-            yield HfApi(library_name="lora-merge", library_version=__version__)
+        yield
     finally:
         patience.end()
         set_client_factory(before)
         log.setLevel(level)
+
+
+@contextmanager
+def _xet_settings(seconds: float) -> Iterator[None]:
+    """Xet's settings in the environment; its own tries are shorter where less time than they take may be waited."""
+    tries = {XET_TRIES: f"{max(seconds, 1):.0f}s"} if seconds < seconds_of_xet_tries() else {}
+    added = {name: value for name, value in {**XET_SETTINGS, **tries}.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def seconds_of_xet_tries() -> float:
+    """How long Xet tries by itself where a server is busy, which it does not tell."""
+    return float(XET_SETTINGS[XET_TRIES].removesuffix("s"))
 
 
 @contextmanager
@@ -94,60 +116,6 @@ def _bars_on_a_terminal_only() -> Iterator[None]:
     finally:
         if unwanted:
             enable_progress_bars()
-
-
-def _shorter_tries(max_wait: float) -> dict[str, str]:
-    """Xet's own tries, where the user would wait for less time than they take."""
-    name = "HF_XET_CLIENT_RETRY_MAX_DURATION"
-    usual = float(XET_SETTINGS[name].removesuffix("s"))
-    return {name: f"{max(max_wait, 1):.0f}s"} if max_wait < usual else {}
-
-
-class Patience:
-    """How long calls may still wait, shared by all threads of a session: what two wait at one time counts once."""
-
-    def __init__(self, max_wait: float, tell: Tell) -> None:
-        self.max_wait = max_wait
-        self._tell = tell
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._waited = 0.0  # seconds in which somebody waits, those to come until `_until` too
-        self._until = 0.0
-
-    def wait(self, seconds: float, why: str) -> None:
-        """Sleep, and say so; at once an error where it would take longer than allowed, or the session ended."""
-        if self._book(seconds, why):
-            self._tell(f"{why}; trying again in {seconds:.0f} s.")
-        self._ended.wait(seconds)
-        self.require_going_on()
-
-    def _book(self, seconds: float, why: str) -> bool:
-        """Whether this wait is news: eight threads that wait for the same limit say it once."""
-        with self._lock:
-            now = time.monotonic()
-            more = max(now + seconds - max(now, self._until), 0.0)
-            if self._waited + more > self.max_wait:
-                asked = f" and asks to wait {seconds:.0f} s" if seconds > max(BACKOFF) else ""
-                waited = self._waited - max(self._until - now, 0.0)
-                raise NetworkError(
-                    f"{why}{asked}; gave up after {waited:.0f} s.", hint="Try again later, or raise --max-wait."
-                )
-            self._waited += more
-            self._until = max(self._until, now + seconds)
-            return more > min(1.0, seconds / 2)
-
-    def require_going_on(self) -> None:
-        """Raise where the session has ended, or was interrupted: nobody wants the answer any more."""
-        if self._ended.is_set():
-            raise NetworkError("The session with the Hub has ended.")
-
-    def has_ended(self) -> bool:
-        """Whether the session has ended, or was interrupted."""
-        return self._ended.is_set()
-
-    def end(self) -> None:
-        """Wake whoever waits, and stop every download at its next bytes."""
-        self._ended.set()
 
 
 class HubClient(httpx2.Client):
@@ -181,7 +149,8 @@ class HubClient(httpx2.Client):
                 seconds, why = None, f"{request.url.host} {_failing(error)}"
             if seconds is None and attempt >= len(BACKOFF):
                 raise NetworkError(f"{why}, {attempt + 1} times.", hint="Try again later.")
-            self.patience.wait(BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds, why)
+            pause = BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds
+            self.patience.wait(pause, why, asked=seconds is not None)
         raise AssertionError("unreachable")
 
     def _send_once(self, request: httpx2.Request, stream: bool, **options: Any) -> httpx2.Response:

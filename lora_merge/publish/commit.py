@@ -15,9 +15,10 @@ from lora_merge.errors import (
     StorageError,
     VerificationError,
 )
-from lora_merge.hub.client import Tell, endpoint
+from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking
 from lora_merge.hub.transfer import seconds_for, within
+from lora_merge.hub.waiting import Tell
 from lora_merge.publish.files import CARD_NAME, WEIGHTS, PublishedFile
 from lora_merge.publish.persistence import persist
 from lora_merge.publish.repository import (
@@ -65,13 +66,12 @@ def publish(
     content: Content,
     *,
     message: str,
-    max_wait: float,
     tell: Tell = lambda line: None,
 ) -> Published:
     """Bring `target` to hold `content`, by one commit; files of other names are left alone.
 
     Where the Hub fails, the published tree decides: every file's hash there is published; a head that has not moved is
-    tried again for `max_wait` seconds; anything else is a conflict, and nothing is forced.
+    tried again while the session may wait; anything else is a conflict, and nothing is forced.
 
     Raises:
         NotFoundError: no such branch, or the token may not write there.
@@ -81,7 +81,7 @@ def publish(
         StorageError: a file changed while it was sent.
         VerificationError: what the Hub holds is not what was sent.
     """
-    head = head_of(api, target) or create(api, target, max_wait, tell)
+    head = head_of(api, target) or create(api, target, tell)
     require_visibility(head, target)
     there = tree(api, target.repo, head.commit)
     require_kind(there, content, target.repo)
@@ -91,7 +91,7 @@ def publish(
         return Published(target.repo, head.commit, head.private)
     if target.create_pr and (proposed := _proposal(api, target, content)):
         return Published(target.repo, proposed[0], head.private, pull_request=proposed[1])
-    done = _commit(api, target, head, changed, removed, message=message, content=content, max_wait=max_wait)
+    done = _commit(api, target, head, changed, removed, message=message, content=content)
     names = tuple(file.name for file in changed)
     published = Published(target.repo, done.commit, head.private, names, removed, done.pull_request, done.superseded)
     _verify(api, published, content)
@@ -126,7 +126,6 @@ def _commit(
     *,
     message: str,
     content: Content,
-    max_wait: float,
 ) -> _Done:
     additions = [CommitOperationAdd(file.name, file.upload) for file in changed]
     deletions = [CommitOperationDelete(name) for name in removed]
@@ -167,8 +166,8 @@ def _commit(
         return _landed(api, target, head, content)
 
     # Apart, so that the time of a long upload does not count against the tries of the commit.
-    persist(upload, lambda: None, max_wait=max_wait)
-    return persist(attempt, landed, max_wait=max_wait)
+    persist(upload, lambda: None)
+    return persist(attempt, landed)
 
 
 def _landed(api: HfApi, target: Target, head: Head, content: Content) -> _Done | None:

@@ -12,17 +12,18 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 T = TypeVar("T")
 
 
-def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wait: float) -> T:
+def persist(attempt: Callable[[], T], landed: Callable[[], T | None]) -> T:
     """`attempt` what must not be done twice: after each failure see whether it has `landed`, else wait and try again.
 
-    The waits are those of the session, which bounds them all together.
+    The waits are of the session's budget, and so is the time that a failure took: a Hub may fail slowly.
 
     Raises:
         ConflictError: `landed` says so.
-        NetworkError: it failed, and `max_wait` seconds after the start it is not tried again.
+        NetworkError: it failed, and no more may be waited.
     """
-    began, seconds = time.monotonic(), FIRST_WAIT
+    seconds = FIRST_WAIT
     while True:
+        began = time.monotonic()
         try:
             return attempt()
         except (NetworkError, ConflictError) as error:
@@ -33,10 +34,8 @@ def persist(attempt: Callable[[], T], landed: Callable[[], T | None], *, max_wai
         except NetworkError as error:  # so it is not known; the parent commit keeps the next try from doing it twice
             failure = error
         try:
-            if time.monotonic() - began + seconds > max_wait:
-                raise failure
-            patience().wait(seconds, failure.message.rstrip("."))
-        except (NetworkError, ConflictError) as error:
+            patience().wait(seconds, failure.message.rstrip("."), already=time.monotonic() - began)
+        except NetworkError as error:
             hint = "Run the same command again: it sees what has been published. --max-wait waits longer."
             raise type(failure)(failure.message, hint=hint) from error
         seconds = min(2 * seconds, LONGEST_WAIT)

@@ -9,8 +9,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lora_merge.errors import NotFoundError, UsageError
-from lora_merge.hub.client import Tell, endpoint
+from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking
+from lora_merge.hub.waiting import Tell
 from lora_merge.publish.files import ALLOWED, PublishedFile
 from lora_merge.publish.persistence import persist
 
@@ -74,7 +75,7 @@ def head_of(api: HfApi, target: Target) -> Head | None:
         return Head(str(info.sha), bool(info.private))
 
 
-def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
+def create(api: HfApi, target: Target, tell: Tell) -> Head:
     """Make the repository. Doing it twice does no harm, so a lost answer is asked for again."""
     require_may_create(target)
 
@@ -86,7 +87,7 @@ def create(api: HfApi, target: Target, max_wait: float, tell: Tell) -> Head:
         tell(f"Made the {target.visibility} repository {target.repo}")
         return head
 
-    return persist(attempt, lambda: head_of(api, target), max_wait=max_wait)
+    return persist(attempt, lambda: head_of(api, target))
 
 
 def require_may_create(target: Target) -> None:

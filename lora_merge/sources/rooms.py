@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.errors import NetworkError, NotFoundError, StorageError, UsageError, one_line
+from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 from lora_merge.sources.filesystems import FilesystemRoom
 from lora_merge.sources.local import LocalRoom, is_folder, names_of, near_misses
 from lora_merge.sources.parallel import Refused, for_each
@@ -20,8 +21,6 @@ from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progres
 
 if TYPE_CHECKING:
     from lora_merge.sources.hub import HubRoom
-
-MAX_WAIT = 300.0  # seconds
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
 _WILD = re.compile(r"[*?\[]")
@@ -39,9 +38,7 @@ def open_rooms(
         tell: called with a line when such a wait begins.
         pins: commits by repository, which stand for the Hub's listing under HF_HUB_OFFLINE.
     """
-    if not max_wait >= 0:
-        raise UsageError(f"--max-wait must be a number of seconds from 0 up, is {max_wait}.")
-    with ExitStack() as stack:
+    with waiting_at_most(max_wait), ExitStack() as stack:
         yield Rooms(stack, max_wait, tell, pins or {})
 
 
