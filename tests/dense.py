@@ -4,8 +4,10 @@ Nothing here is shared with the package: a client is what PEFT makes of its fold
 of the result's folder.
 """
 
+import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,27 @@ from tests.models import logits
 
 def base_model(kind: Kind) -> nn.Module:
     """The kind's base in fp64."""
-    model = kind.build().double()
+    return base_of(kind.build)
+
+
+def base_of(build: Callable[[], nn.Module]) -> nn.Module:
+    """The base in fp64."""
+    model = build().double()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped product has no fp64
     return model
+
+
+@cache
+def base_weights(build: Callable[[], nn.Module]) -> Mapping[str, Tensor]:
+    """The base's tensors in fp64. Read them."""
+    return base_of(build).state_dict()
+
+
+@cache
+def base_logits(build: Callable[[], nn.Module]) -> Tensor:
+    """The base's answers in fp64. Read them."""
+    return logits(base_of(build))
 
 
 def loaded(kind: Kind, folder: Path) -> Any:
@@ -48,28 +67,35 @@ def loaded(kind: Kind, folder: Path) -> Any:
 
 def mean_model(kind: Kind, folders: Sequence[Path], weights: Sequence[float], global_lr: float = 1.0) -> nn.Module:
     """W0 + global_lr * sum p_i (W_i - W0) as a dense model, from PEFT's view of each client."""
-    peft_models = [loaded(kind, folder) for folder in folders]
     scaled = [global_lr * weight for weight in weights]
-    return mean_of_layers(kind, peft_models, scaled) if kind.by_layer else mean_of_weights(kind, peft_models, scaled)
+    return mean_of_layers(kind, folders, scaled) if kind.by_layer else mean_of_weights(kind, folders, scaled)
 
 
-def mean_of_weights(kind: Kind, peft_models: Sequence[Any], scaled: Sequence[float]) -> nn.Module:
+def mean_of_weights(kind: Kind, folders: Sequence[Path], scaled: Sequence[float]) -> nn.Module:
     """The mean of the models with their adapters merged into their weights."""
     model = untied(base_model(kind))
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start = base_weights(kind.build)
     total = {name: tensor.clone() for name, tensor in start.items()}
-    for peft_model, weight in zip(peft_models, scaled, strict=True):
-        for name, tensor in merged_weights(peft_model).items():
+    for folder, weight in zip(folders, scaled, strict=True):
+        for name, tensor in merged_weights(kind, folder).items():
             total[name] += weight * (tensor - start[name])
     model.load_state_dict(total)
     return model
 
 
-def merged_weights(peft_model: Any) -> dict[str, Tensor]:
-    """The tensors of the model with its adapter merged into them by PEFT."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # says that a tied head no longer is
-        return dict(peft_model.merge_and_unload().state_dict())
+MERGED: dict[tuple[object, ...], Mapping[str, Tensor]] = {}
+
+
+def merged_weights(kind: Kind, folder: Path) -> Mapping[str, Tensor]:
+    """The tensors of the base with the adapter of `folder` merged in by PEFT, once for each content. Read them."""
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    key = (kind.build, *(hashlib.sha256((folder / name).read_bytes()).digest() for name in files))
+    if key not in MERGED:
+        model = loaded(kind, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # says that a tied head no longer is
+            MERGED[key] = dict(model.merge_and_unload().state_dict())
+    return MERGED[key]
 
 
 def untied(model: nn.Module) -> nn.Module:
@@ -94,14 +120,14 @@ class MeanLayer(nn.Module):
         return start + sum(w * (layer(x) - start) for layer, w in zip(self.layers, self.weights, strict=True))
 
 
-def mean_of_layers(kind: Kind, peft_models: Sequence[Any], scaled: Sequence[float]) -> nn.Module:
+def mean_of_layers(kind: Kind, folders: Sequence[Path], scaled: Sequence[float]) -> nn.Module:
     """The base, where each adapted layer answers with the mean of the clients' layers; an absent one counts as base."""
     from peft.tuners.lora import LoraLayer
 
     model = untied(base_model(kind))
     adapted: dict[str, list[tuple[nn.Module, float]]] = {}
-    for peft_model, weight in zip(peft_models, scaled, strict=True):
-        for name, layer in peft_model.get_base_model().named_modules():
+    for folder, weight in zip(folders, scaled, strict=True):
+        for name, layer in loaded(kind, folder).get_base_model().named_modules():
             if isinstance(layer, LoraLayer):
                 adapted.setdefault(name, []).append((layer, weight))
     for name, entries in adapted.items():
@@ -113,7 +139,7 @@ def mean_of_layers(kind: Kind, peft_models: Sequence[Any], scaled: Sequence[floa
 
 def error(kind: Kind, merged: Path, dense: nn.Module) -> float:
     """How far the merged adapter's answers are from the dense model's, relative to what the update changed."""
-    wanted, start = logits(dense), logits(base_model(kind))
+    wanted, start = logits(dense), base_logits(kind.build)
     got = logits(loaded(kind, merged))
     return relative(got - wanted, wanted - start)
 
@@ -125,8 +151,7 @@ def relative(difference: Tensor, reference: Tensor) -> float:
 
 def delta_weights(kind: Kind, folder: Path) -> dict[str, Tensor]:
     """W_i - W0 of every tensor that `folder` moves, by its name in the base."""
-    start = base_model(kind).state_dict()
-    moved = merged_weights(loaded(kind, folder))
+    start, moved = base_weights(kind.build), merged_weights(kind, folder)
     return {name: moved[name] - start[name] for name in start if not torch.equal(moved[name], start[name])}
 
 

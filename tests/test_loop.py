@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hub.fixture import hub, running_hub
 from tests.hub.server import LocalHub
+from tests.publish.conftest import Run, hub, publisher, run, running_hub
 from tests.training.conftest import RECIPE, base
 
-__all__ = ["base", "hub", "running_hub"]
+__all__ = ["base", "hub", "publisher", "run", "running_hub"]
 
 LOADED_BY_ITS_NAME = """
 import sys, json, torch
@@ -64,7 +64,5 @@ def test_three_clients_and_one_merge_over_a_hub(hub: LocalHub, base: Path, tmp_p
 
 
 @pytest.mark.parametrize("command", [("verify", "org/nothing"), ("aggregate", "org/nothing-*", "--output", "global")])
-def test_what_is_not_on_the_hub_is_not_found(command: tuple[str, ...], hub: LocalHub, tmp_path: Path) -> None:
-    env = hub.env(token=hub.user("me"), cache=tmp_path)
-    ran = subprocess.run([sys.executable, "-m", "lora_merge", *command], env=env, cwd=tmp_path, capture_output=True)
-    assert ran.returncode == 4
+def test_what_is_not_on_the_hub_is_not_found(command: tuple[str, ...], run: Run) -> None:
+    assert run(*command)[0] == 4

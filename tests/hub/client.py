@@ -29,6 +29,7 @@ for line in sys.stdin:
         kinds = [kind.__name__ for kind in type(error).__mro__]
         text = json.dumps({"error": kinds, "text": str(error)})
     print(text, file=answers, flush=True)
+os._exit(0)  # taking all that it imported apart would take a second
 """
 
 
