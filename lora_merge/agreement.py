@@ -51,7 +51,7 @@ def claim_warnings(clients: Clients) -> list[str]:
 
 def agreed_base_model(clients: Clients) -> str | None:
     """The base model's name: a repository id where any client gives one, else a name that all share."""
-    names = [client.config.base_model for client in clients.values() if client.config.base_model]
+    names = list(dict.fromkeys(client.config.base_model for client in clients.values() if client.config.base_model))
     repositories = [name for name in names if not is_local(name)]
     return next(iter(repositories or names), None)
 

@@ -7,7 +7,7 @@ strict readers that read a client's own files. Its block ranks say how wide its 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -42,20 +42,30 @@ def claims_of(client: Description) -> dict[str, Any]:
     return claims
 
 
-def description_of(contribution: Contribution) -> Description:
-    """The client as its claims describe it, without its shapes.
+def descriptions_of(contributions: Iterable[Contribution]) -> dict[str, Description]:
+    """Each client as its claims describe it, without its shapes, by id.
 
     Raises:
-        ClaimsError: the claims are malformed.
+        ClaimsError: somebody's claims are malformed.
     """
+    found: dict[str, Description] = {}
+    last: Contribution | None = None
+    for each in contributions:
+        if last is None or (each.claims, each.recipe) != (last.claims, last.recipe):  # neighbours mostly claim the same
+            (config, stated), last = _claimed(each), each
+        own = {"client_id": each.client_id, "num_examples": each.num_examples}
+        statement = Statement(**{**vars(stated), **own}) if stated else None
+        found[each.client_id] = Description(config, statement, {})
+    return found
+
+
+def _claimed(contribution: Contribution) -> tuple[AdapterConfig, Statement | None]:
     claims = dict(contribution.claims or {})
     stated = claims.pop("statement", None)
     config = _config(json.dumps(claims, sort_keys=True))
     if stated is None:
-        return Description(config, None, {})
-    statement = _statement(json.dumps([stated, contribution.recipe], sort_keys=True))
-    own = {"client_id": contribution.client_id, "num_examples": contribution.num_examples}
-    return Description(config, replace(statement, **own), {})  # type: ignore[arg-type]
+        return config, None
+    return config, _statement(json.dumps([stated, contribution.recipe], sort_keys=True))
 
 
 @lru_cache(maxsize=32)  # the clients of a federation mostly claim the same
@@ -100,9 +110,22 @@ def unpacked(ranks: Mapping[str, int], modules: Iterable[str]) -> dict[str, int]
     Raises:
         ClaimsError: `*` is missing, or a module is named that is not among `modules`.
     """
-    modules = set(modules)
+    modules = frozenset(modules)
     if OTHERS not in ranks:
         raise ClaimsError("block_ranks", f"must give {OTHERS}")
     if unknown := sorted(ranks.keys() - modules - {OTHERS}):
         raise ClaimsError(f"block_ranks.{unknown[0][:100]}", "is no low-rank module of the adapter")
     return {name: ranks.get(name, ranks[OTHERS]) for name in modules}
+
+
+def ranks_in(contributions: Iterable[Contribution], modules: Iterable[str]) -> list[Mapping[str, int]]:
+    """What `unpacked` gives of each contribution's block ranks; those that are alike are one and the same mapping."""
+    modules = frozenset(modules)
+    known: dict[tuple[tuple[str, int], ...], Mapping[str, int]] = {}
+    found = []
+    for ranks in (each.block_ranks or {} for each in contributions):
+        key = tuple(ranks.items())
+        if key not in known:
+            known[key] = unpacked(ranks, modules)
+        found.append(known[key])
+    return found

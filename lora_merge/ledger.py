@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from lora_merge import ledger_form as form
@@ -154,7 +155,7 @@ class Ledger:
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
             raise LedgerError("schema_version", f"must be {SCHEMA_VERSION}, is {str(version)[:40]}")
-        ledger = _entries(cls, "", {key: value for key, value in data.items() if key != "schema_version"})
+        ledger = _entries(cls, {key: value for key, value in data.items() if key != "schema_version"})
         clients = Counter(contribution.client_id for contribution in ledger.contributions)
         if twice := [client for client, count in clients.items() if count > 1]:
             raise LedgerError("contributions", f"name {twice[0]} twice")
@@ -168,8 +169,7 @@ def _lines(value: Any) -> str:
     return _compact(value)
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, default=vars, allow_nan=False)
+_compact = json.JSONEncoder(default=vars, allow_nan=False).encode
 
 
 def _error(part: Mapping[str, float]) -> str:
@@ -180,14 +180,14 @@ def _error(part: Mapping[str, float]) -> str:
     return f"{value:{style}} ± {spread:{style}}" if known else f"{value:{style}}"
 
 
-def _entries(kind: type[T], place: str, data: Any) -> T:
-    return form.entries_of(kind, place, data, _FORMS)
+def _entries(kind: type[T], data: Any) -> T:
+    return form.entries_of(kind, data, _FORMS)
 
 
-def _contributions(name: str, value: Any) -> list[Contribution]:
-    if not form.listed(name, value):
-        raise LedgerError(name, "must be a list of one or more")
-    return [_entries(Contribution, f"{name}[{index}].", item) for index, item in enumerate(value)]
+def _contributions(value: Any) -> list[Contribution]:
+    if not form.listed(value):
+        raise LedgerError("", "must be a list of one or more")
+    return form.items(partial(_entries, Contribution))(value)
 
 
 _FORMS: dict[str, form.Form[Any]] = {
@@ -198,7 +198,7 @@ _FORMS: dict[str, form.Form[Any]] = {
     "total_weight": form.positive,
     "base_model": form.or_null(form.text),
     "contributions": _contributions,
-    "certificate": lambda name, value: _entries(Certificate, f"{name}.", value),
+    "certificate": partial(_entries, Certificate),
     "forms": form.values(form.count),
     "ranks": form.items(form.count),
     "dtype": form.text,
@@ -207,7 +207,7 @@ _FORMS: dict[str, form.Form[Any]] = {
     "parent": form.or_null(form.text),
     "clip_norm": form.or_null(form.number),
     "from_mean": form.or_null(form.values(form.number)),
-    "left_out": form.items(lambda name, value: _entries(LeftOut, f"{name}.", value)),
+    "left_out": form.items(partial(_entries, LeftOut)),
     "waved_through": form.items(form.text),
     "reason": form.text,
     "files": form.or_null(form.values(form.sha256)),

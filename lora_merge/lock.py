@@ -115,13 +115,16 @@ class Lock:
         return found
 
 
+_OF_AN_INPUT = {field.name for field in fields(LockedInput)}
+
+
 def _input(name: str, data: Any) -> LockedInput:
-    _entries(name, data, {field.name for field in fields(LockedInput)})
+    _entries(name, data, _OF_AN_INPUT)
     commit = data["commit"]
     if commit is not None and not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
         raise LockError(f"{name}.commit", "must be 40 hexadecimal digits or null")
     files = _mapping(f"{name}.files", data["files"])
-    if not files or not all(_FILE.fullmatch(key) and _is_sha256(value) for key, value in files.items()):
+    if not files or not all(map(_FILE.fullmatch, files)) or not all(map(_is_sha256, files.values())):
         raise LockError(f"{name}.files", "must be file names and their sha256")
     return LockedInput(
         client_id=_text(f"{name}.client_id", data["client_id"]),
@@ -145,7 +148,7 @@ def _groups(value: Any, clients: Collection[str]) -> list[list[str]]:
 def _entries(name: str, data: Any, expected: set[str]) -> None:
     if not isinstance(data, dict):
         raise LockError(name, "must be an object")
-    if set(data) != expected:
+    if data.keys() != expected:
         wrong = sorted(set(data) ^ expected)[0]
         raise LockError(f"{name}.{wrong[:100]}", "unknown entry" if wrong in data else "is missing")
 

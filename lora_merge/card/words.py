@@ -1,12 +1,16 @@
 """A stranger's words on a card: as plain letters, without markup and without addresses."""
 
+import re
+
+_NOT_IN_A_CELL = re.compile(r"[^\w./-]")  # \w is a letter or digit of any script, or an underscore
+_NOT_IN_A_SENTENCE = re.compile(r"[^\w ./,:;()%'-]")
+
 
 def cell(text: str) -> str:
     """A stranger's text in a Markdown table: a folder's name may hold anything, so only plain letters go through."""
-    return "".join(char if char.isalnum() or char in "._-/" else "�" for char in text[:200])
+    return _NOT_IN_A_CELL.sub("�", text[:200])
 
 
 def sentence(text: str) -> str:
     """A sentence with a stranger's words in it: letters, digits and points, but no markup and no address."""
-    plain = "".join(char if char.isalnum() or char in " ._-/,:;()%'" else "�" for char in text[:500])
-    return plain.replace("://", "�")
+    return _NOT_IN_A_SENTENCE.sub("�", text[:500]).replace("://", "�")

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from lora_merge import ledger, ledger_form, lock
@@ -120,7 +120,7 @@ def describe(
         data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
         config, problems = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
         if config.largest_rank > MAX_R:
-            _require_ledger(read(LEDGER_NAME, ledger.MAX_BYTES))
+            ledger_of(read(LEDGER_NAME, ledger.MAX_BYTES))  # without one it is a client's, however wide it is
     except FileRefused as problem:
         problems.append(problem)
     try:
@@ -154,11 +154,16 @@ class FolderRefused(ValueError):
         return [Problem(client, reason.field, reason.reason) for reason in self.reasons]
 
 
-def _require_ledger(text: bytes) -> None:
-    """Raise `FileRefused` unless this is a ledger: without one, an adapter is a client's, however wide it is."""
+@lru_cache(maxsize=1)  # it is asked for more than once while an arrival is brought in, and may name thousands
+def ledger_of(text: bytes) -> ledger.Ledger:
+    """The ledger whose file holds `text`, strictly read.
+
+    Raises:
+        FileRefused: it is malformed.
+    """
     try:
-        ledger.Ledger.from_json(parse_json(text, LEDGER_NAME))
-    except ledger_form.LedgerError as error:
+        return ledger.Ledger.from_json(parse_json(text, "file"))
+    except (ledger_form.LedgerError, FileRefused) as error:
         raise FileRefused(f"{LEDGER_NAME}, {error.field}", error.reason) from error
 
 

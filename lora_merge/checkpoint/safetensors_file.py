@@ -147,9 +147,9 @@ def parse_json(text: bytes, field: str) -> dict[str, Any]:
     """A JSON object, with duplicate keys, numbers that are no finite floats, and deep nesting refused."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) < len(items):
+        if len(found := dict(items)) < len(items):
             raise FileRefused(field, "names an entry twice")
-        return dict(items)
+        return found
 
     def constant(value: str) -> float:
         raise FileRefused(field, f"holds the number {value[:20]}")
@@ -178,8 +178,8 @@ def parse_json(text: bytes, field: str) -> dict[str, Any]:
 def _is_deep(data: object) -> bool:
     level = [data]
     for _ in range(MAX_DEPTH):
-        values = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [item for items in values for item in items if isinstance(item, (dict, list))]  # type: ignore[attr-defined]
+        values = [value.values() if type(value) is dict else value for value in level]
+        level = [item for items in values for item in items if type(item) in (dict, list)]  # type: ignore[attr-defined]
     return bool(level)
 
 

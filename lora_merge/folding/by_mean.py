@@ -18,7 +18,7 @@ from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.checkpoint.planned import Measured
 from lora_merge.folding.by_blocks import is_plain
 from lora_merge.folding.global_adapter import GlobalAdapter
-from lora_merge.kept import unpacked
+from lora_merge.kept import ranks_in, ranks_of
 from lora_merge.ledger import Certificate
 
 STAND_IN = "all before"
@@ -80,10 +80,18 @@ def with_stand_in(
 
 
 def _n_by_module(before: GlobalAdapter) -> dict[str, float]:
-    """n of those who have each module."""
-    modules = [name for name, spec in before.folder.specs.items() if isinstance(spec, FactorsSpec)]
-    ranks = {c.client_id: unpacked(c.block_ranks or {}, modules) for c in before.ledger.contributions}
-    return {name: sum(c.weight for c in before.ledger.contributions if ranks[c.client_id][name]) for name in modules}
+    """n of those who have each module: one sum for all modules that the same clients have."""
+    contributions, modules = before.ledger.contributions, ranks_of(before.folder)
+    ranks = ranks_in(contributions, modules)
+    unlike = {id(each): each for each in ranks}
+    sums: dict[frozenset[int], float] = {}
+    n = {}
+    for name in modules:
+        having = frozenset(key for key, each in unlike.items() if each[name])
+        if having not in sums:
+            sums[having] = sum(c.weight for c, each in zip(contributions, ranks, strict=True) if id(each) in having)
+        n[name] = sums[having]
+    return n
 
 
 def bound(measured: Sequence[Measured], before: GlobalAdapter, federation: Federation) -> Certificate:

@@ -21,7 +21,7 @@ from lora_merge.folding.arrivals import Arrivals
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.folding.pinned import reopened
 from lora_merge.intake import Accepted, Reading
-from lora_merge.kept import claims_of, packed, ranks_of, unpacked
+from lora_merge.kept import claims_of, packed, ranks_in, ranks_of
 from lora_merge.ledger import Contribution
 from lora_merge.provenance import contributions_of
 from lora_merge.sources.rooms import Rooms
@@ -133,7 +133,9 @@ def _by_itself(change: Change, clients: Mapping[str, Description], merge: _Merge
     before = change.before
     federation = merge(before, change.arrivals.new, change.weights, device)
     modules = ranks_of(before.folder)
-    ranks = {client: unpacked(each.block_ranks or {}, modules) for client, each in change.stay.items()}
+    if modules.keys() == federation.factor_specs.keys():  # then what is recorded of the blocks holds as it is
+        return Parts(federation, clients, _with_shares(change.stay, federation))
+    ranks = dict(zip(change.stay, ranks_in(change.stay.values(), modules), strict=True))
     return Parts(federation, clients, _known(change.stay, ranks, federation))
 
 
@@ -151,11 +153,13 @@ def _known(
     stay: Mapping[str, Contribution], ranks: Mapping[str, Mapping[str, int]], federation: Federation
 ) -> dict[str, Contribution]:
     """The contributions that stay, with their shares and ranks in the new whole."""
-    modules, total = federation.factor_specs, federation.total
-    return {
-        client: replace(each, share=each.weight / total, block_ranks=packed(ranks[client], modules))
-        for client, each in stay.items()
-    }
+    modules = federation.factor_specs
+    ranked = {client: replace(each, block_ranks=packed(ranks[client], modules)) for client, each in stay.items()}
+    return _with_shares(ranked, federation)
+
+
+def _with_shares(stay: Mapping[str, Contribution], federation: Federation) -> dict[str, Contribution]:
+    return {client: replace(each, share=each.weight / federation.total) for client, each in stay.items()}
 
 
 def _stored(change: Change, device: torch.device) -> Sequence[Client]:

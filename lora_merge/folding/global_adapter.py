@@ -18,18 +18,18 @@ from lora_merge.checkpoint.peft_folder import (
     Description,
     FolderRefused,
     PeftFolder,
+    ledger_of,
     open_folder,
 )
 from lora_merge.checkpoint.planned import DTYPES
-from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
+from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.checkpoint.stacks import Stacks
 from lora_merge.errors import Problem, RefusedError
-from lora_merge.kept import ClaimsError, description_of, ranks_of, unpacked
+from lora_merge.kept import ClaimsError, descriptions_of, ranks_in, ranks_of
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import MAX_BYTES, Contribution, Ledger
-from lora_merge.ledger_form import LedgerError
 from lora_merge.lock import FILE_NAME as LOCK_NAME
-from lora_merge.lock import Lock, LockedInput
+from lora_merge.lock import Lock
 from lora_merge.locking import read_lock
 
 _EQUAL = 1e-9  # of sums of weights, which may be added up in another order
@@ -54,7 +54,7 @@ class GlobalAdapter:
     @cached_property
     def descriptions(self) -> Mapping[str, Description]:
         """Each client as its claims describe it."""
-        return {client: description_of(each) for client, each in self.contributions.items()}
+        return descriptions_of(self.contributions.values())
 
     @cached_property
     def is_stacked(self) -> bool:
@@ -66,8 +66,7 @@ class GlobalAdapter:
     @cached_property
     def stacks(self) -> Stacks:
         """The clients' blocks, in the order of `contributions`."""
-        modules = ranks_of(self.folder)
-        return Stacks(self.folder, [unpacked(each.block_ranks or {}, modules) for each in self.contributions.values()])
+        return Stacks(self.folder, ranks_in(self.contributions.values(), ranks_of(self.folder)))
 
     @cached_property
     def hashes(self) -> Mapping[str, str]:
@@ -128,14 +127,14 @@ def ledger_in(folder: Path, place: str) -> Ledger:
     """
     try:
         if not (folder / LEDGER_NAME).is_file():
-            raise FileRefused("file", "is not there, so this is no global adapter")
+            raise FileRefused(f"{LEDGER_NAME}, file", "is not there, so this is no global adapter")
         with (folder / LEDGER_NAME).open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise FileRefused("file", f"is larger than {MAX_BYTES} bytes")
-        return Ledger.from_json(parse_json(text, "file"))
-    except (FileRefused, LedgerError) as error:
-        raise RefusedError([Problem(place, f"{LEDGER_NAME}, {error.field}", error.reason)]) from error
+            raise FileRefused(f"{LEDGER_NAME}, file", f"is larger than {MAX_BYTES} bytes")
+        return ledger_of(text)
+    except FileRefused as error:
+        raise RefusedError([Problem(place, error.field, error.reason)]) from error
 
 
 def _lock(folder: Path, place: str) -> Lock:
@@ -187,6 +186,8 @@ def _of_the_lock(ledger: Ledger, lock: Lock) -> Iterator[tuple[str, str]]:
     for name in ("method", "options", "global_lr", "weighting", "dtype", "base_model"):
         if getattr(ledger, name) != getattr(lock, name):
             yield f"{LOCK_NAME}, {name}", "is not the ledger's"
-    inputs = [LockedInput(c.client_id, c.source, c.commit, dict(c.sha256), c.weight) for c in ledger.contributions]
-    if list(lock.inputs) != inputs:
+    inputs = [(each.client_id, each.source, each.commit, each.files, each.weight) for each in lock.inputs]
+    if inputs != [
+        (each.client_id, each.source, each.commit, each.sha256, each.weight) for each in ledger.contributions
+    ]:
         yield f"{LOCK_NAME}, inputs", "are not the ledger's contributions"

@@ -126,7 +126,9 @@ def with_screening(
 ) -> Ledger:
     """The record, with what screening left out, let in and measured; and what `before` says of those who stay."""
     norms = {client: float(f"{norm:.6g}") for client, norm in found.norms.items() if math.isfinite(norm)}
-    contributions = [replace(each, norm=norms.get(each.client_id, each.norm)) for each in ledger.contributions]
+    contributions = [
+        replace(each, norm=norms[each.client_id]) if each.client_id in norms else each for each in ledger.contributions
+    ]
     sources = {each.source for each in contributions}
     left_out = {each.source: each for each in (*before.left_out, *selection.left_out) if each.source not in sources}
     were = {each.client_id: each.sha256 for each in before.contributions}

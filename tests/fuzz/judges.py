@@ -27,7 +27,7 @@ from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding.global_adapter import opened_global
 from lora_merge.folding.onto import fold
-from lora_merge.kept import ClaimsError, description_of
+from lora_merge.kept import ClaimsError, descriptions_of
 from lora_merge.ledger import Ledger
 from lora_merge.ledger_form import LedgerError
 from lora_merge.lock import Lock, LockError
@@ -130,7 +130,7 @@ def _drawn(ledger: Any) -> None:
     assert all(0 <= contribution.share <= 1 for contribution in ledger.contributions)
     for contribution in ledger.contributions:
         with suppress(ClaimsError):
-            description_of(contribution)
+            descriptions_of([contribution])
 
 
 def judge_lock(text: bytes) -> str:
