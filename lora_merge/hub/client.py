@@ -46,7 +46,7 @@ XET_SETTINGS = {
     "HF_XET_RECONSTRUCTION_MIN_PREFETCH_BUFFER": "64mb",
 }
 
-_BUSY = (408, 429, 500, 502, 503, 504)
+BUSY = (408, 429, 500, 502, 503, 504)
 _BROKEN = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.DecodingError)
 # These only ask, whatever their method; asking twice does no harm.
 _ASKING = re.compile(r"/(preupload/|paths-info/|info/lfs/objects/batch$)|/api/validate-yaml$")
@@ -189,7 +189,7 @@ class _Deadline(httpx2.SyncByteStream):
 
 def _worth_another_try(request: httpx2.Request, response: httpx2.Response) -> bool:
     """Whether the server was busy, and asking again cannot do a thing twice: a limit is checked before all else."""
-    return response.status_code == 429 or (response.status_code in _BUSY and _is_safe_to_repeat(request))
+    return response.status_code == 429 or (response.status_code in BUSY and _is_safe_to_repeat(request))
 
 
 def _is_safe_to_repeat(request: httpx2.Request) -> bool:

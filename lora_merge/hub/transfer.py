@@ -1,10 +1,14 @@
-"""Moving the content of files within a deadline. Over Xet the last step of an upload has none of its own, nor has a
-download that comes byte by byte.
+"""Moving the content of files within a deadline, and again where the Hub was busy.
+
+Over Xet the last step of an upload has no deadline of its own, nor has a download that comes byte by byte; and a server
+that is busy for longer than Xet tries by itself ends in a RuntimeError or a ConnectionError, whatever it asks to wait.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import TypeVar
 
 from huggingface_hub.utils._xet import abort_xet_session  # the only way to end a transfer over Xet from outside
@@ -15,10 +19,38 @@ from lora_merge.interrupts import leave_to_main
 
 T = TypeVar("T")
 
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b.*?\bdomain: \w+://([^/:\s]+)")
+
 
 def seconds_for(size: int) -> float:
     """How long moving `size` bytes may take: three calls, as the library tries again, and the time of a slow line."""
     return 3 * client.CALL_SECONDS + size / client.SLOWEST_BYTES_A_SECOND
+
+
+def moved(size: int, move: Callable[[], T]) -> T:
+    """What `move`, which moves `size` bytes, gives; done again where Xet's servers are busy and we may wait.
+
+    Raises:
+        NetworkError: it took too long, or no more may be waited.
+        Exception: whatever `move` raises.
+    """
+    for pause in chain(client.BACKOFF, repeat(client.BACKOFF[-1])):
+        began = time.monotonic()
+        try:
+            return within(seconds_for(size), move)
+        except (RuntimeError, ConnectionError) as error:
+            if (why := _busy(error)) is None:
+                raise
+        # Xet has waited for us already; before that it may have moved bytes for long.
+        tried = min(time.monotonic() - began, client.seconds_of_xet_tries())
+        client.patience().wait(pause, why, already=tried)
+    raise AssertionError("unreachable")
+
+
+def _busy(error: Exception) -> str | None:
+    """What a busy server has told Xet, which says so in an error's text only."""
+    found = _XET_STATUS.search(str(error))
+    return f"{found[2]} answers {found[1]}" if found and int(found[1]) in client.BUSY else None
 
 
 def within(seconds: float, move: Callable[[], T]) -> T:
@@ -28,13 +60,13 @@ def within(seconds: float, move: Callable[[], T]) -> T:
         NetworkError: it took longer than `seconds`.
         Exception: whatever `move` raises.
     """
-    moved: list[T] = []
+    results: list[T] = []
     failures: list[BaseException] = []
 
     def run() -> None:
         leave_to_main()
         try:
-            moved.append(move())
+            results.append(move())
         except BaseException as error:
             failures.append(error)
 
@@ -55,4 +87,4 @@ def within(seconds: float, move: Callable[[], T]) -> T:
         raise NetworkError(f"The Hub has not sent or taken a file within {seconds:.0f} s.", hint="Try again later.")
     if failures:
         raise failures[0]
-    return moved[0]
+    return results[0]

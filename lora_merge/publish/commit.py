@@ -17,7 +17,7 @@ from lora_merge.errors import (
 )
 from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking
-from lora_merge.hub.transfer import seconds_for, within
+from lora_merge.hub.transfer import moved
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.files import CARD_NAME, WEIGHTS, PublishedFile
 from lora_merge.publish.persistence import persist
@@ -133,8 +133,8 @@ def _commit(
 
     def upload() -> bool:
         with asking(target.repo):
-            within(
-                seconds_for(sum(file.size for file in changed)),
+            moved(
+                sum(file.size for file in changed),
                 lambda: api.preupload_lfs_files(
                     target.repo, additions, revision=target.revision, create_pr=target.create_pr, free_memory=False
                 ),

@@ -17,7 +17,7 @@ from lora_merge.checkpoint.peft_folder import CONFIG_NAME, LEDGER_NAME, READ_NAM
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
-from lora_merge.hub.transfer import seconds_for, within
+from lora_merge.hub.transfer import moved
 from lora_merge.sources.reference import Advance, FileEntry
 from lora_merge.statement import FILE_NAME as STATEMENT_NAME
 
@@ -79,7 +79,6 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
         problem = error.message
     if problem is None:
         return path
-    counter.take_back()
     path = _download(repo, commit, file, counter, anew=True)
     if problem := hash_problem(path, file):
         path.resolve().unlink()  # nobody else shall find it there
@@ -90,6 +89,7 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
 
 def _download(repo: str, commit: str, file: FileEntry, counter: "_Counter", *, anew: bool) -> Path:
     def download() -> str:
+        counter.take_back()  # of a try before this one
         return hf_hub_download(
             repo,
             file.name,
@@ -101,7 +101,7 @@ def _download(repo: str, commit: str, file: FileEntry, counter: "_Counter", *, a
         )
 
     with asking(repo):
-        return Path(within(seconds_for(file.size), download))
+        return Path(moved(file.size, download))
 
 
 def hash_problem(content: bytes | Path, file: FileEntry) -> str | None:
