@@ -7,17 +7,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 
 from tests.hub.client import Client
+from tests.hub.matrix import FAULTS, Case, cases_of, run_all
 from tests.hub.server import LocalHub
 from tests.publish.conftest import client_folder
 from tests.sources.federation import impatient
-from tests.sources.matrix import FAULTS
 
 # In seconds, of a read, of all waits of a call, and of the command: a sixtieth of the real ones.
 TIMEOUT, MAX_WAIT, DEADLINE = 1.0, 5.0, 40.0
@@ -65,19 +64,6 @@ except SystemExit as end:
     code = end.code or 0
 result = [code, err.getvalue()]
 """
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fault at one request, once or for ever, with Xet or without."""
-
-    request: str
-    fault: str
-    times: int | None
-    xet: bool
-
-    def __str__(self) -> str:
-        return f"{self.request}, {self.fault}, {'once' if self.times else 'for ever'}, {'Xet' if self.xet else 'LFS'}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +127,7 @@ class Bench:
 
 def cases() -> list[Case]:
     """The whole matrix."""
-    return [Case(*each) for each in product(REQUESTS, FAULTS, (1, None), (True, False))]
+    return cases_of(REQUESTS)
 
 
 def bench() -> Iterator[Bench]:
@@ -153,19 +139,7 @@ def bench() -> Iterator[Bench]:
 
 
 def main() -> None:
-    ended: Counter[str] = Counter()
-    failed = 0
-    for made in bench():
-        for case in cases():
-            began = time.monotonic()
-            try:
-                how = made.run(case)
-            except AssertionError as error:
-                failed, how = failed + 1, f"FAILED: {error}"
-            ended[how if not how.startswith("FAILED") else "FAILED"] += 1
-            print(f"{time.monotonic() - began:5.1f} s  {case}: {how}", flush=True)
-    print(f"{ended.total()} cases, {failed} failed: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))
-    sys.exit(bool(failed))
+    sys.exit(not all(run_all(made, cases()) for made in bench()))
 
 
 if __name__ == "__main__":

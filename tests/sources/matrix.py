@@ -7,15 +7,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 from tests.conftest import digests
 from tests.hub.client import Client
+from tests.hub.matrix import FAULTS, Case, cases_of, run_all
 from tests.hub.server import LocalHub
 from tests.sources.federation import Puller, impatient, publish
 
@@ -34,40 +32,11 @@ REQUESTS = {
     "xet reconstruction": "GET /v1/reconstructions/*",
     "xet bytes": "GET /xorbs/*",
 }
-FAULTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "503": ("status", {}),
-    "500": ("status", {"status": 500}),
-    "404": ("status", {"status": 404}),
-    "403": ("status", {"status": 403}),
-    "429, wait 1 s": ("status", {"status": 429, "retry_after": 1}),
-    "429, wait an hour": ("status", {"status": 429, "retry_after": 3600}),
-    "HTML": ("html", {}),
-    "reset": ("reset", {}),
-    "stall": ("stall", {}),
-    "delay": ("delay", {"seconds": 0.5}),
-    "lost": ("lost", {}),
-    "truncate": ("truncate", {}),
-    "short": ("short", {}),
-    "flip": ("flip", {}),
-}
 # What goes away by itself must be survived; a refusal or an hour's wait need not be.
 SURVIVED_ONCE = {"503", "500", "429, wait 1 s", "HTML", "reset", "stall", "delay", "lost", "truncate", "short", "flip"}
 # Two parts of an answer have no hash and no length that is known: they are believed, or refused.
 BELIEVED = {("listing", "flip"), ("info", "flip")}
 CODES = {3, 4, 5}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fault at one request, once or for ever, with Xet or without."""
-
-    request: str
-    fault: str
-    times: int | None
-    xet: bool
-
-    def __str__(self) -> str:
-        return f"{self.request}, {self.fault}, {'once' if self.times else 'for ever'}, {'Xet' if self.xet else 'LFS'}"
 
 
 @dataclass
@@ -131,7 +100,7 @@ class Bench:
 
 def cases() -> list[Case]:
     """The whole matrix."""
-    return [Case(*each) for each in product(REQUESTS, FAULTS, (1, None), (True, False))]
+    return cases_of(REQUESTS)
 
 
 def bench() -> Iterator[Bench]:
@@ -150,19 +119,7 @@ def bench() -> Iterator[Bench]:
 
 
 def main() -> None:
-    ended: Counter[str] = Counter()
-    failed = 0
-    for made in bench():
-        for case in cases():
-            began = time.monotonic()
-            try:
-                how = made.run(case)
-            except AssertionError as error:
-                failed, how = failed + 1, f"FAILED: {error}"
-            ended[how if not how.startswith("FAILED") else "FAILED"] += 1
-            print(f"{time.monotonic() - began:5.1f} s  {case}: {how}", flush=True)
-    print(f"{ended.total()} cases, {failed} failed: " + ", ".join(f"{n} {how}" for how, n in ended.most_common()))
-    sys.exit(bool(failed))
+    sys.exit(not all(run_all(made, cases()) for made in bench()))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub.matrix import Case
 from tests.hub.server import LocalHub
 from tests.sources.crash import sample
 from tests.sources.federation import Puller, publish
 from tests.sources.flips import flip
-from tests.sources.matrix import SURVIVED_ONCE, Bench, Case, cases
+from tests.sources.matrix import SURVIVED_ONCE, Bench, cases
 
 QUICK = [case for case in cases() if case.fault != "stall" and (case.times or case.fault not in SURVIVED_ONCE)]
 
