@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,14 @@ import pytest
 from tests.adapters import PLAIN, Federation, Kind, federation
 
 Federations: TypeAlias = Callable[[Kind], Federation]
+
+gc.disable()  # while modules are imported: none of them is garbage, and looking for some takes a third longer
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 def digests(folder: Path) -> dict[str, str]:
