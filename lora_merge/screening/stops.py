@@ -145,6 +145,11 @@ def oversized(
     What is usual goes by the tensors that a client has: whoever trained a large one more is held against the others
     that did, and where too few did, only what the base proves counts. From three clients on.
 
+    Distances from the other clients leave out what all have moved alike, so whoever trained longer is farther from them
+    than its size would say: by how much it did, its low-rank norm tells. (Five clients of 20 steps and one of 100: 3.7
+    times their low-rank norm, and 6.5 times their distance.) So a hostile one that stays within five times the low-rank
+    norm can be that many times farther away; beside the base it cannot.
+
     Args:
         norms: the low-rank norms of all clients.
         wholes: of each client that trained something whole, how much that is.
@@ -155,7 +160,9 @@ def oversized(
         return []
     found = []
     for client, whole in wholes.items():
-        norm, usual = norms.get(client, 0.0), math.hypot(median, whole.usual)
+        norm = norms.get(client, 0.0)
+        longer = max(1.0, norm / median) if median else 1.0
+        usual = math.hypot(median, whole.usual, longer * whole.usual_apart)
         times = math.hypot(norm, whole.size) / usual if usual else 0.0
         if client not in let_in and times > TIMES_MEDIAN and norm <= TIMES_MEDIAN * median:  # else its norm stops
             said = f"is more than {_at_least(times):g} times as large as usual with what it trained whole, "
