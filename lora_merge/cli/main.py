@@ -85,8 +85,8 @@ def main() -> None:
 
 
 def _let_imports_be() -> None:
-    """torch and transformers make a million objects that live to the end. Looking for garbage among them at every 700 new
-    ones, and once more at the exit, took a third of a command's time.
+    """What torch and transformers make at import lives to the end. Looking for garbage among it at every 700 new ones,
+    and once more at the exit, took a quarter of a command's start.
     """
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
