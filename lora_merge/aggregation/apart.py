@@ -5,17 +5,17 @@ clients' values are known, and the one taken is the farthest within the nearer h
 neither stretch nor shrink. Where honest clients move alike it is below |W_i - W0|, so it is never judged alone but as
 a part of the whole update, beside its exact low-rank norm (`lora_merge.screening.stops.oversized`).
 
-Both are estimated from 128 sums with random signs, u W v^T, taken while a merge reads the values: a norm of rank one is
-right to 16 % (standard deviation), of most others to 6 %. The signs are this process's own. With signs that are known
-beforehand, whoever hands in W could boost it in a direction in which no sum changes.
+Both are estimated from 128 sums with random signs, u W v^T: a norm of rank one is right to 16 % (standard deviation),
+of most others to 6 %. With signs that are known beforehand, whoever hands in W could boost it in a direction in which
+no sum changes. So they are drawn from the hashes of all that is handed in, W's too: everybody who merges it has the
+same ones, and nobody has them while it may still be changed.
 """
 
 import math
-import secrets
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -63,10 +63,15 @@ def pieces_of(name: str, update: Update) -> Iterator[tuple[Piece, Tensor]]:
         yield (name, MAGNITUDE), update.magnitude
 
 
-def sketch_of_value(value: Tensor) -> bytes:
+def seed_from(hashes: Iterable[str]) -> int:
+    """The seed of the signs, from the sha256 of every client's weights file."""
+    return lowrank.sketch_seed(0, "\n".join(sorted(hashes)))
+
+
+def sketch_of_value(value: Tensor, seed: int) -> bytes:
     """The sums of a value, fp64, in O(32 entries): linear, and the mean of their squares estimates |W|^2."""
     W = _matrix(value.cpu())
-    U, V = _signs(*W.shape)
+    U, V = _signs(*W.shape, seed)
     sums = V @ (U @ W)[:, :, None]
     if not torch.isfinite(sums).all():  # fp32 ends where honest values never are
         sums = V.double() @ (U.double() @ W.double())[:, :, None]
@@ -125,13 +130,8 @@ def _matrix(value: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _signs(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _signs(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     """U (32 x rows) and V (32 x 4 x columns)."""
-    U = lowrank.signs(ROWS, rows, lowrank.sketch_seed(_secret(), f"rows {rows}"))
-    V = lowrank.signs(ROWS * OF_EACH, columns, lowrank.sketch_seed(_secret(), f"columns {columns}"))
+    U = lowrank.signs(ROWS, rows, lowrank.sketch_seed(seed, f"rows {rows}"))
+    V = lowrank.signs(ROWS * OF_EACH, columns, lowrank.sketch_seed(seed, f"columns {columns}"))
     return U, V.reshape(ROWS, OF_EACH, columns)
-
-
-@cache
-def _secret() -> int:
-    return secrets.randbits(64)

@@ -2,8 +2,8 @@
 
 A sketch of delta_w is U delta_w V^T for seeded random signs U and V, four rows each. It costs little, does not depend
 on how delta_w is factored, and the inner products of sketches estimate those of the updates without bias. Norms are
-exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). Values that were trained whole, DoRA's magnitudes too, have sketches of
-another kind (`lora_merge.aggregation.apart`).
+exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). Values that were trained whole, DoRA's magnitudes too, are sized by
+`lora_merge.aggregation.apart`.
 """
 
 import math
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lora_merge.adapter import Adapter, Factors, Spec, Update
 from lora_merge.aggregation import gram, lowrank
-from lora_merge.aggregation.apart import Piece, pieces_of, sketch_of_value
 
 ROWS = 4  # of U and of V: 16 numbers a module
 
@@ -39,7 +38,6 @@ class Sketched:
 
     adapter: Adapter
     sketches: dict[str, Sketch] = field(default_factory=dict)
-    values: dict[Piece, bytes] = field(default_factory=dict)
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -49,9 +47,6 @@ class Sketched:
         update = self.adapter[module]
         if isinstance(update, Factors) and module not in self.sketches:
             self.sketches[module] = sketch_of(update)
-        for piece, value in pieces_of(module, update):
-            if piece not in self.values:
-                self.values[piece] = sketch_of_value(value)
         return update
 
     @property

@@ -135,7 +135,7 @@ def fold_folder(
             device = device_named(how.device)
             with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
                 if how.screening and parts.again and arrivals.new:
-                    found = wholly_screened(found, parts.federation, before, arrivals.new, how.screening)
+                    found = wholly_screened(found, parts.federation, before, arrivals, how.screening)
                 record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
                 signed = (target / SIGNATURE_NAME).exists()
                 ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)

@@ -24,7 +24,7 @@ from lora_merge.ledger import Ledger
 from lora_merge.screening.measuring import Findings, Held, copies, findings, let_past, read_all
 from lora_merge.screening.selection import Selection
 from lora_merge.screening.stops import WAY_BY_BASE, Screening, late_ways, let_in
-from lora_merge.screening.whole import judged, values_in
+from lora_merge.screening.whole import judged
 
 
 def screened(
@@ -101,7 +101,7 @@ def _sketches(before: GlobalAdapter, rows: list[int], module: str) -> Tensor:
 
 
 def wholly_screened(
-    found: Findings, federation: Federation, before: GlobalAdapter, arrivals: Collection[str], screening: Screening
+    found: Findings, federation: Federation, before: GlobalAdapter, arrivals: Arrivals, screening: Screening
 ) -> Findings:
     """The findings, with what the sizes say of what clients trained whole: of all whose files are read again for that.
 
@@ -109,13 +109,13 @@ def wholly_screened(
         RefusedError: somebody, in already or not, is far larger than the others with it.
     """
     here = {client.id for client in federation.clients}
-    stay = here - {*arrivals}
-    were = {client: each.norm for client, each in before.contributions.items() if client in stay}
-    norms = {**{client: norm for client, norm in were.items() if norm is not None}, **found.norms}
-    with pool() as threads:
-        values = values_in(federation, threads)
+    stay = here - arrivals.new.keys()
+    were = {client: each for client, each in before.contributions.items() if client in stay}
+    norms = {**{client: each.norm for client, each in were.items() if each.norm is not None}, **found.norms}
+    files = {client: each.sha256 for client, each in were.items()} | {c: arrivals.hashes[c] for c in arrivals.new}
+    hashes = {client: each[WEIGHTS_NAME] for client, each in files.items()}
     waved = let_in(before.ledger.waved_through, "update", stay)
-    whole = judged(values, norms, federation, stay, waved)
+    whole = judged(federation, hashes, norms, stay, waved)
     ways = late_ways(whole.problems, stay) if whole.problems else ""
     past = let_past(whole.problems, screening, f"{ways} {WAY_BY_BASE}" if whole.guessed else ways)
     return replace(found, waved_through=[*found.waved_through, *past])

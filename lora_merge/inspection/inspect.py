@@ -161,7 +161,7 @@ def _gram(federation: Federation, parts: Sequence[Tensor | None]) -> Gram:
 
 
 def _inspection(inputs: Accepted, found: Gram, spectra: Mapping[str, Spectra], hashes: Mapping[str, str]) -> Inspection:
-    stops, flags = reasons_to_stop(inputs), oddities(inputs, found, hashes)
+    stops, flags = reasons_to_stop(inputs, hashes), oddities(inputs, found, hashes)
     numbers = _Numbers(found)
     clients = [
         _inspected(index, client, inputs, numbers, spectra[client].found, hashes[client], stops, flags)

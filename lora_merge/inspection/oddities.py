@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from lora_merge.adapter import Client
 from lora_merge.aggregation.gram import Gram
+from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.intake import Accepted
-from lora_merge.screening.measuring import norms, values
+from lora_merge.screening.measuring import norms
 from lora_merge.screening.stops import dominant, identical, nearly_identical, outliers
 from lora_merge.screening.whole import judged
 
@@ -23,10 +25,12 @@ def counts_stated(inputs: Accepted) -> dict[str, float]:
     return {client: float(count) for client, count in counts.items() if count is not None}
 
 
-def reasons_to_stop(inputs: Accepted) -> dict[str, list[str]]:
+def reasons_to_stop(inputs: Accepted, hashes: Mapping[str, str]) -> dict[str, list[str]]:
     """Why `aggregate` would stop, by client; counts are held against those of all who state one."""
     sizes = norms(inputs.sketched)
-    problems = [*outliers(sizes), *judged(values(inputs.sketched), sizes).problems, *dominant(counts_stated(inputs))]
+    federation = Federation([Client(name, 1.0, each) for name, each in inputs.clients.items()], len(inputs.clients))
+    whole = judged(federation, hashes, sizes)
+    problems = [*outliers(sizes), *whole.problems, *dominant(counts_stated(inputs))]
     return _by_client((problem.client, f"{problem.field} {problem.reason}") for problem in problems)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lora_merge.adapter import Adapter, Client
 from lora_merge.aggregation import gram
-from lora_merge.aggregation.apart import Values
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
@@ -73,9 +72,9 @@ def findings(
     Args:
         clients: those that were screened; none where nothing is to be.
         hashes: the sha256 of each weights file.
-        federation: of the clients, with the base's tensors where they are at hand.
-        held: what these are held against, where they come late; what they trained whole is then for later, when all
-            files are read again.
+        federation: of the clients, with the base's tensors where they are at hand; None where they come late, and what
+            they trained whole is for later, when all files are read again.
+        held: what late ones are held against.
         judge_norms: whether a norm may stop the merge: not where the user has large ones scaled down.
 
     Raises:
@@ -83,7 +82,7 @@ def findings(
     """
     before, own = held.norms if held else {}, norms(clients)
     problems = outliers(own, before, held.let_in if held else ()) if judge_norms else []
-    whole = judged(values(clients), own, federation) if judge_norms and held is None else Judged()
+    whole = judged(federation, hashes, own) if judge_norms and federation else Judged()
     problems = [*problems, *whole.problems]
     hint = late_ways(problems, before) if held and problems else WAYS_PAST_OUTLIERS
     waved = let_past(problems, screening, f"{hint} {WAY_BY_BASE}" if whole.guessed else hint)
@@ -146,11 +145,6 @@ def _measured(
         return perhaps
     exact = gram.total(names, [1.0] * len(names), parts).cosines
     return {(one, two): float(exact[names.index(one), names.index(two)]) for one, two in perhaps}
-
-
-def values(clients: Mapping[str, Sketched]) -> dict[str, Values]:
-    """The sketches of what each client trained whole."""
-    return {client: adapter.values for client, adapter in clients.items()}
 
 
 def norms(clients: Mapping[str, Sketched]) -> dict[str, float]:

@@ -32,60 +32,61 @@ class Judged:
 
 
 def judged(
-    values: Mapping[str, Values],
+    federation: Federation,
+    hashes: Mapping[str, str],
     norms: Mapping[str, float],
-    federation: Federation | None = None,
     before: Collection[str] = (),
     let_in: Collection[str] = (),
 ) -> Judged:
-    """Hold what clients trained whole against the base's values, or each other's; plain LoRA costs nothing.
+    """Hold what clients trained whole against the base's values, or each other's; it is read once more for that.
 
     Where fewer than three clients have something, only the base tells its size; a merge has that at hand, since it
     needs it then.
 
     Args:
-        values: the sketches of it, by client id.
+        federation: the clients, with the base where that is at hand.
+        hashes: the sha256 of each one's weights file.
         norms: the low-rank norms of all clients.
-        federation: of the clients, with the base where that is at hand.
         before, let_in: who is in already, and whom of those the user let in knowingly.
     """
-    values = {client: each for client, each in values.items() if each}
-    if not values or len(norms) < FEW_NORMS:
+    tasks = _read_for_it(federation)
+    if not tasks or len(norms) < FEW_NORMS:
         return Judged()
-    base = _base_values(federation, sorted({piece for each in values.values() for piece in each}))
+    seed = apart.seed_from(hashes.values())
+    with pool() as threads:
+        values: dict[str, dict[Piece, bytes]] = {}
+        found = over(threads, partial(_values, federation, seed), tasks)
+        for (client, _), sketches in zip(tasks, found, strict=True):
+            values.setdefault(client.id, {}).update(sketches)
+        base = _base_values(federation, seed, sorted({piece for each in values.values() for piece in each}), threads)
     sizes = apart.wholes(values, base)
     problems = oversized(norms, sizes, before, let_in)
     return Judged(problems, guessed=any(not sizes[problem.client].from_base for problem in problems))
 
 
-def values_in(federation: Federation, threads: ThreadPoolExecutor) -> dict[str, dict[Piece, bytes]]:
-    """The sketches of what each client trained whole, which is read for it; nothing else is."""
-    tasks = [
+def _read_for_it(federation: Federation) -> list[tuple[Client, str]]:
+    """What holds values that were trained whole; nothing in plain LoRA."""
+    return [
         (client, name)
         for client in federation.clients
         for name, spec in client.adapter.specs.items()
         if not isinstance(spec, FactorsSpec) or spec.magnitude
     ]
-    found: dict[str, dict[Piece, bytes]] = {}
-    for (client, _), sketches in zip(tasks, over(threads, partial(_values, federation), tasks), strict=True):
-        found.setdefault(client.id, {}).update(sketches)
-    return found
 
 
-def _values(federation: Federation, task: tuple[Client, str]) -> dict[Piece, bytes]:
+def _values(federation: Federation, seed: int, task: tuple[Client, str]) -> dict[Piece, bytes]:
     client, name = task
-    return {piece: sketch_of_value(value) for piece, value in pieces_of(name, federation.read(client, name))}
+    return {piece: sketch_of_value(value, seed) for piece, value in pieces_of(name, federation.read(client, name))}
 
 
-def _base_values(federation: Federation | None, pieces: Sequence[Piece]) -> Values:
-    if federation is None or federation.base is None:
+def _base_values(federation: Federation, seed: int, pieces: Sequence[Piece], threads: ThreadPoolExecutor) -> Values:
+    if federation.base is None:
         return {}
-    with pool() as threads:
-        found = over(threads, partial(_base_value, federation), pieces)
+    found = over(threads, partial(_base_value, federation, seed), pieces)
     return {piece: sketch for piece, sketch in zip(pieces, found, strict=True) if sketch is not None}
 
 
-def _base_value(federation: Federation, piece: Piece) -> bytes | None:
+def _base_value(federation: Federation, seed: int, piece: Piece) -> bytes | None:
     """The sketch of the base's own value, one tensor of which is in memory at a time; None where it has no such one.
 
     What does not fit is no error here: the merge may not need it.
@@ -95,7 +96,7 @@ def _base_value(federation: Federation, piece: Piece) -> bytes | None:
         value = _read(federation, name, part)
     except (NotFoundError, UsageError):
         return None
-    return None if value is None else sketch_of_value(value)
+    return None if value is None else sketch_of_value(value, seed)
 
 
 def _read(federation: Federation, name: str, part: str) -> Tensor | None:

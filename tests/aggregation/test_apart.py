@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,35 +15,41 @@ from lora_merge.screening.stops import oversized
 
 HEAD: Piece = ("head.weight", "")
 NAMES = "abcdefghij"
+drawn = SimpleNamespace(seed=0)  # of the signs that a test takes where it names none
 
 
 def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def values(tensors: list[Tensor], piece: Piece = HEAD) -> dict[str, dict[Piece, bytes]]:
-    return {name: {piece: sketch_of_value(tensor)} for name, tensor in zip(NAMES, tensors, strict=False)}
-
-
-def named(tensors: list[Tensor], *, norms: float = 1.0, base: Tensor | None = None) -> list[str]:
-    """The clients that the stop names, all of which have the same low-rank norm."""
-    clients = values(tensors)
-    found = wholes(clients, {} if base is None else {HEAD: sketch_of_value(base)})
-    return [problem.client for problem in oversized(dict.fromkeys(clients, norms), found)]
-
-
-@pytest.fixture(autouse=True, params=[1, 2])
+@pytest.fixture(autouse=True, params=[["one", "two"], ["one", "other"]])
 def signs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The laws hold for whatever signs a process draws; tests draw the same ones each time."""
-    monkeypatch.setattr(apart, "_secret", lambda: request.param)
-    apart._signs.cache_clear()
+    """The laws hold for the signs of whatever files."""
+    monkeypatch.setattr(drawn, "seed", apart.seed_from(request.param))
+
+
+def sketch(tensor: Tensor, seed: int | None = None) -> bytes:
+    return sketch_of_value(tensor, drawn.seed if seed is None else seed)
+
+
+def values(tensors: list[Tensor], seed: int | None = None) -> dict[str, dict[Piece, bytes]]:
+    return {name: {HEAD: sketch(tensor, seed)} for name, tensor in zip(NAMES, tensors, strict=False)}
+
+
+def named(
+    tensors: list[Tensor], *, norms: float = 1.0, base: Tensor | None = None, seed: int | None = None
+) -> list[str]:
+    """The clients that the stop names, all of which have the same low-rank norm."""
+    clients = values(tensors, seed)
+    found = wholes(clients, {} if base is None else {HEAD: sketch(base, seed)})
+    return [problem.client for problem in oversized(dict.fromkeys(clients, norms), found)]
 
 
 @pytest.mark.parametrize("shape", [(300, 50), (4096,), (5000,), (40, 7, 3, 3), (9000, 2)])
 def test_a_size_is_near_the_distance_from_the_base(shape: tuple[int, ...]) -> None:
     base = random(0, *shape)
     clients = values([base + 1e-3 * random(seed, *shape) for seed in (1, 2, 3)])
-    for seed, found in enumerate(wholes(clients, {HEAD: sketch_of_value(base)}).values(), start=1):
+    for seed, found in enumerate(wholes(clients, {HEAD: sketch(base)}).values(), start=1):
         assert found.size == pytest.approx(1e-3 * float(random(seed, *shape).norm()), rel=0.3)
         assert found.from_base
 
@@ -50,7 +57,7 @@ def test_a_size_is_near_the_distance_from_the_base(shape: tuple[int, ...]) -> No
 def test_a_change_of_rank_one_is_measured_too() -> None:
     base = random(0, 200, 300)
     change = torch.outer(random(1, 200), random(2, 300))
-    (found,) = wholes(values([base + change]), {HEAD: sketch_of_value(base)}).values()
+    (found,) = wholes(values([base + change]), {HEAD: sketch(base)}).values()
     assert found.size == pytest.approx(float(change.norm()), rel=0.6)
 
 
@@ -95,7 +102,7 @@ def test_who_trained_longer_than_others_that_moved_alike_is_not_stopped(count: i
     clients = values(tensors)
     norms = dict(zip(clients, longer, strict=True))
     assert oversized(norms, wholes(clients, {})) == []
-    assert oversized(norms, wholes(clients, {HEAD: sketch_of_value(base)})) == []
+    assert oversized(norms, wholes(clients, {HEAD: sketch(base)})) == []
 
 
 @pytest.mark.parametrize("base", [None, random(0, 30, 20)], ids=["from the others", "from the base"])
@@ -119,17 +126,17 @@ def test_what_some_lack_is_held_against_those_that_have_it() -> None:
     base = random(0, 60, 40)
     heads = values([base + 0.5 * random(seed, 60, 40) for seed in (1, 2, 3)])
     norms = dict.fromkeys([*heads, "p", "q", "r", "s"], 1.0)
-    for known in ({}, {HEAD: sketch_of_value(base)}):
+    for known in ({}, {HEAD: sketch(base)}):
         assert oversized(norms, wholes(heads, known)) == []
-    heads["b"] = {HEAD: sketch_of_value(base + 50 * random(2, 60, 40))}
-    for known in ({}, {HEAD: sketch_of_value(base)}):
+    heads["b"] = {HEAD: sketch(base + 50 * random(2, 60, 40))}
+    for known in ({}, {HEAD: sketch(base)}):
         assert [each.client for each in oversized(norms, wholes(heads, known))] == ["b"]
 
 
 def test_what_too_few_have_is_measured_from_the_base_only() -> None:
     base = random(0, 60, 40)
     pair = values([base + 0.01 * random(1, 60, 40), base + 50 * random(2, 60, 40)])
-    known = {HEAD: sketch_of_value(base)}
+    known = {HEAD: sketch(base)}
     norms = {"a": 1.0, "b": 1.0, "c": 1.0}
     assert wholes(pair, {}) == {}
     assert [each.client for each in oversized(norms, wholes(pair, known))] == ["b"]
@@ -147,9 +154,14 @@ def test_order_and_scale_do_not_matter() -> None:
     assert [each.usual_apart for each in scaled.values()] == [8 * each.usual_apart for each in found.values()]
 
 
-def test_whoever_knew_the_signs_could_hide_and_other_signs_find_him(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_signs_go_by_all_files_in_any_order() -> None:
+    assert apart.seed_from(["one", "two"]) == apart.seed_from(["two", "one"])
+    assert len({apart.seed_from(files) for files in (["one", "two"], ["one", "other"], ["one"])}) == 3
+
+
+def test_whoever_knew_the_signs_could_hide_and_what_he_hands_in_changes_them() -> None:
     base, change = random(0, 20, 30), 100 * random(1, 20, 30)
-    U, V = apart._signs(20, 30)
+    U, V = apart._signs(20, 30, drawn.seed)
     rows = torch.einsum("jr,jkc->jkrc", U, V).reshape(apart.ROWS * apart.OF_EACH, -1).double()
     Q, whole = torch.linalg.qr(rows.mT).Q, change.double().flatten()
     hidden = (whole - Q @ (Q.mT @ whole)).float().reshape(20, 30)
@@ -157,10 +169,7 @@ def test_whoever_knew_the_signs_could_hide_and_other_signs_find_him(monkeypatch:
     tensors = [base + 0.01 * random(seed, 20, 30) for seed in (2, 3)]
     tensors.append(base + hidden)
     assert named(tensors) == []
-    monkeypatch.setattr(apart, "_secret", lambda: 3)
-    apart._signs.cache_clear()
-    assert named(tensors) == ["c"]
-    apart._signs.cache_clear()
+    assert named(tensors, seed=apart.seed_from(["one", "two, with this in it"])) == ["c"]
 
 
 def test_the_pieces_of_each_kind_of_update() -> None:
