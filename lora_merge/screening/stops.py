@@ -176,7 +176,7 @@ def _others(whole: Whole) -> str:
 
 
 def _at_least(times: float) -> float:
-    """A round number below: what is estimated with signs of one process's own would differ in any digit."""
+    """A round number below: an estimate's other digits say nothing."""
     return max(TIMES_MEDIAN, 10.0 ** math.floor(math.log10(min(times, 1e30))))
 
 
