@@ -14,6 +14,7 @@ from typing import Any
 from lora_merge.adapter import FactorsSpec
 from lora_merge.agreement import is_local
 from lora_merge.checkpoint.config import AdapterConfig, read_config
+from lora_merge.checkpoint.layout import Updates
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Malformed
 from lora_merge.ledger import Contribution
@@ -55,7 +56,7 @@ def descriptions_of(contributions: Iterable[Contribution]) -> dict[str, Descript
             (config, stated), last = _claimed(each), each
         own = {"client_id": each.client_id, "num_examples": each.num_examples}
         statement = Statement(**{**vars(stated), **own}) if stated else None
-        found[each.client_id] = Description(config, statement, {})
+        found[each.client_id] = Description(config, statement, Updates())
     return found
 
 

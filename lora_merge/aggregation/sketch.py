@@ -14,30 +14,30 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lora_merge.adapter import Adapter, Factors, Spec, Update
+from lora_merge.adapter import Adapter, Factors, FactorsSpec, Spec, Update
 from lora_merge.aggregation import gram, lowrank
 
 ROWS = 4  # of U and of V: 16 numbers a module
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """|delta_w|^2 of one module's update, and U delta_w V^T of it, flat (`packed`: its fp64 bytes)."""
-
-    square: float
-    packed: bytes
-
-    @property
-    def values(self) -> Tensor:
-        return torch.frombuffer(bytearray(self.packed), dtype=torch.float64)
-
-
-@dataclass(frozen=True)
 class Sketched:
-    """An adapter that sketches each update when it is read first. Modules may be read by several threads."""
+    """An adapter that sketches each update when it is read first. Modules may be read by several threads.
+
+    Attributes:
+        places: the row of each low-rank module in `numbers`.
+        numbers: |delta_w|^2, and U delta_w V^T flat, in fp64, modules x 17; NaN where nothing was read. One table a
+            client: thousands of small pieces would lie between the large ones that come and go, and so pin the heap.
+    """
 
     adapter: Adapter
-    sketches: dict[str, Sketch] = field(default_factory=dict)
+    places: Mapping[str, int] = field(init=False)
+    numbers: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        modules = [name for name, spec in self.adapter.specs.items() if isinstance(spec, FactorsSpec)]
+        object.__setattr__(self, "places", {name: row for row, name in enumerate(sorted(modules))})
+        object.__setattr__(self, "numbers", torch.full((len(modules), 1 + ROWS * ROWS), torch.nan, dtype=torch.float64))
 
     @property
     def specs(self) -> Mapping[str, Spec]:
@@ -45,27 +45,31 @@ class Sketched:
 
     def __getitem__(self, module: str) -> Update:
         update = self.adapter[module]
-        if isinstance(update, Factors) and module not in self.sketches:
-            self.sketches[module] = sketch_of(update)
+        if isinstance(update, Factors) and not self.has(module):
+            self.numbers[self.places[module]] = sketch_of(update)
         return update
+
+    def has(self, module: str) -> bool:
+        """Whether the module was read."""
+        return module in self.places and not math.isnan(self.numbers[self.places[module], 0])
 
     @property
     def norm(self) -> float | None:
         """|Delta| over the modules that were read; of a DoRA module, of s B A. None where none was measured."""
-        return sum(sketch.square for sketch in self.sketches.values()) ** 0.5 if self.sketches else None
+        squares = [square for square in self.numbers[:, 0].tolist() if not math.isnan(square)]
+        return sum(squares) ** 0.5 if squares else None
 
 
-def sketch_of(update: Factors) -> Sketch:
-    """The norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + 4) (d_in + d_out))."""
+def sketch_of(update: Factors) -> Tensor:
+    """The squared norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + 4) (d_in + d_out))."""
     A, B = update.A, update.B  # E x r x d_in, E x d_out x r
     U, V = _signs_of(update)
     square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
-    values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double()
+    values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double().cpu()
     if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
         square = gram.squared_norm(update)
-    # As bytes: thousands of small tensors would lie between the large ones that come and go, and so pin the heap.
-    packed = (update.scaling * values).cpu().numpy().tobytes()
-    return Sketch(max(0.0, square) if math.isfinite(square) else math.inf, packed)
+    found = max(0.0, square) if math.isfinite(square) else math.inf
+    return torch.cat([torch.tensor([found], dtype=torch.float64), update.scaling * values])
 
 
 def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str, str], float]:
@@ -76,7 +80,7 @@ def cosines(clients: Mapping[str, Sketched], *, above: float) -> dict[tuple[str,
     names = sorted(client for client, adapter in clients.items() if adapter.norm)
     if not names:
         return {}
-    modules = sorted({module for name in names for module in clients[name].sketches})
+    modules = sorted({module for name in names for module in clients[name].places})
     unit = _units(torch.stack([_row(clients[name], modules) for name in names]))  # m x (16 modules)
     pairs = (unit @ unit.mT).triu(1)
     return {(names[i], names[j]): float(pairs[i, j]) for i, j in (pairs > above).nonzero().tolist()}
@@ -105,7 +109,7 @@ def cosines_to_blocks(
         sketches: of each module, a row for each of `names`, as of `sketches_of_blocks`.
     """
     new = sorted(client for client, adapter in clients.items() if adapter.norm)
-    modules = sorted({*sketches, *(module for client in new for module in clients[client].sketches)})
+    modules = sorted({*sketches, *(module for client in new for module in clients[client].places)})
     if not new or not names:
         return {}
     absent = torch.zeros(len(names), ROWS * ROWS, dtype=torch.float64)
@@ -120,8 +124,9 @@ def _units(rows: Tensor) -> Tensor:
 
 
 def _row(adapter: Sketched, modules: Sequence[str]) -> Tensor:
+    """The sketches of `modules` side by side; zeros for one that the adapter has not, or that was not read."""
     nothing = torch.zeros(ROWS * ROWS, dtype=torch.float64)
-    return torch.cat([adapter.sketches[name].values if name in adapter.sketches else nothing for name in modules])
+    return torch.cat([adapter.numbers[adapter.places[name], 1:] if adapter.has(name) else nothing for name in modules])
 
 
 def _signs_of(update: Factors) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lora_merge.adapter import Factors, FactorsSpec, FullSpec, FullTensor, Layout, Spec, TokenRows, TokenSpec, Update
@@ -110,12 +111,19 @@ def lora_r(spec: FactorsSpec) -> int:
     return spec.r * spec.blocks if spec.layout == "conv" else spec.r
 
 
-_recent: deque[tuple[Mapping[str, TensorEntry], str, dict[str, Stored]]] = deque(maxlen=8)
+class Updates(dict[str, Stored]):
+    """The updates in a file, by name."""
+
+    @cached_property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every update's shape."""
+        return {name: stored.spec for name, stored in self.items()}
 
 
-def find_updates(
-    entries: Mapping[str, TensorEntry], config: AdapterConfig
-) -> tuple[dict[str, Stored], list[FileRefused]]:
+_recent: deque[tuple[Mapping[str, TensorEntry], str, Updates]] = deque(maxlen=8)
+
+
+def find_updates(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> tuple[Updates, list[FileRefused]]:
     """Every update in a file, by name, and every reason to refuse the file. No tensor is left out silently.
 
     Factors are named by their module, a full tensor by its own name, token rows by the embedding and `.token_adapter`.
@@ -132,10 +140,8 @@ def find_updates(
     return found, problems
 
 
-def _look_through(
-    entries: Mapping[str, TensorEntry], config: AdapterConfig
-) -> tuple[dict[str, Stored], list[FileRefused]]:
-    found: dict[str, Stored] = {}
+def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> tuple[Updates, list[FileRefused]]:
+    found = Updates()
     problems: list[FileRefused] = []
     lora: dict[str, dict[str, str]] = {}
     for key in entries:

@@ -4,13 +4,13 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 from lora_merge import ledger, ledger_form, lock
 from lora_merge.adapter import FactorsSpec, Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
-from lora_merge.checkpoint.layout import Stored, find_updates, owner_of
+from lora_merge.checkpoint.layout import Stored, Updates, find_updates, owner_of
 from lora_merge.checkpoint.safetensors_file import (
     FileRefused,
     SafetensorsFile,
@@ -37,11 +37,11 @@ class Description:
 
     config: AdapterConfig
     statement: Statement | None
-    stored: Mapping[str, Stored]
+    stored: Updates
 
-    @cached_property
+    @property
     def specs(self) -> Mapping[str, Spec]:
-        return {name: stored.spec for name, stored in self.stored.items()}
+        return self.stored.specs
 
 
 @dataclass(frozen=True)

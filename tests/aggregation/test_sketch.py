@@ -62,7 +62,7 @@ def test_rotated_factors_have_the_same_sketch() -> None:
     factors = update(1)
     R = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3))).Q
     rotated = replace(factors, B=factors.B @ R, A=R.mT @ factors.A)
-    torch.testing.assert_close(sketch_of(rotated).values, sketch_of(factors).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sketch_of(rotated)[1:], sketch_of(factors)[1:], rtol=1e-4, atol=1e-4)
 
 
 def test_scaled_and_rotated_copies_are_found_and_others_are_not() -> None:
@@ -88,10 +88,20 @@ def test_the_sketched_cosine_is_near_the_true_one() -> None:
 
 
 def test_what_is_read_twice_is_sketched_once() -> None:
-    adapter = sketched(Plain(one=update(1)))
-    before = adapter.sketches["one"]
-    assert adapter["one"].r == 3  # type: ignore[union-attr]
-    assert adapter.sketches["one"] is before
+    updates = Plain(one=update(1))
+    adapter = sketched(updates)
+    before = adapter.numbers.clone()
+    updates["one"] = update(2)
+    assert adapter["one"] is updates["one"]
+    assert torch.equal(adapter.numbers, before)
+
+
+def test_what_was_not_read_counts_as_nothing() -> None:
+    whole, part = Plain(one=update(1), two=update(2)), Plain(one=update(1))
+    half = Sketched(whole)
+    half["one"]
+    assert half.norm == sketched(part).norm
+    assert cosines({"a": half, "b": sketched(part)}, above=0.99) == {("a", "b"): pytest.approx(1)}
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -99,14 +109,14 @@ def test_updates_that_lie_side_by_side_have_the_sketches_that_each_has_alone(blo
     parts = [replace(update(seed, blocks=blocks, r=r), scaling=1.0) for seed, r in enumerate((1, 3, 2))]
     B, A = torch.cat([each.B for each in parts], dim=2), torch.cat([each.A for each in parts], dim=1)
     found = sketches_of_blocks(Factors(B, A, 1.0), [0, 1, 4, 4, 6])  # the third client has nothing here
-    alone = [sketch_of(each).values for each in parts]
+    alone = [sketch_of(each)[1:] for each in parts]
     nothing = torch.zeros_like(alone[0])
     torch.testing.assert_close(found, torch.stack([*alone[:2], nothing, alone[2]]), rtol=1e-4, atol=1e-4)
 
 
 def test_an_update_is_held_against_each_of_those_that_are_stored() -> None:
     stored = [replace(update(seed), scaling=1.0) for seed in range(4)]
-    rows = {"layer": torch.stack([sketch_of(each).values for each in stored])}
+    rows = {"layer": torch.stack([sketch_of(each)[1:] for each in stored])}
     copy, other = sketched(Plain(layer=stored[2])), sketched(Plain(layer=update(9)))
     found = cosines_to_blocks({"copy": copy, "other": other}, ["a", "b", "c", "d"], rows, above=0.99)
     assert found == {("c", "copy"): pytest.approx(1)}
