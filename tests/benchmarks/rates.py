@@ -4,8 +4,9 @@
 
 Ten clients of a 7B Llama (1.6 GB) are written to TMPDIR, which needs 6 GB, and removed at the end. Files are read from
 the page cache. The time that fsync takes is measured apart: it is the disk's. Every merge hashes its inputs, for the
-record; a row says what that alone takes. Every merge screens them too, for updates far too large and for copies; a row
-says what `exact` takes without that. On a busy machine the processor seconds say more than the wall's.
+record; a row says what that alone takes. It hashes what it wrote too, while the disk flushes that, and this counts.
+Every merge screens its inputs, for updates far too large and for copies; a row says what `exact` takes without that.
+On a busy machine the processor seconds say more than the wall's.
 """
 
 import argparse
