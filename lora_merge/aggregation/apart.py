@@ -78,10 +78,14 @@ def sketch_of_value(value: Tensor, seed: int) -> bytes:
     return bytes(sums.double().numpy().tobytes())
 
 
-def wholes(clients: Mapping[str, Values], base: Values) -> dict[str, Whole]:
+def wholes(clients: Mapping[str, Values], base: Values, count: int) -> dict[str, Whole]:
     """The size of what each client trained whole; of those only that have a piece that is measured.
 
+    What is usual goes by all clients, whether they have a piece or not: the few who have one, or have moved it, may be
+    the hostile ones.
+
     Args:
+        count: how many clients there are in all.
         base: the base's values, as far as they are at hand.
     """
     squares: dict[str, dict[Piece, float]] = {client: {} for client in clients}
@@ -92,8 +96,7 @@ def wholes(clients: Mapping[str, Values], base: Values) -> dict[str, Whole]:
             continue
         rows = torch.stack([_row(clients[client][piece]) for client in having])
         found = _sizes(rows, _row(base[piece]) if piece in base else None)
-        above = [size for size in found if size > 0]  # a client that left it as it was says nothing of what is usual
-        usual[piece] = statistics.median(above) ** 2 if above and len(found) >= FEW else 0.0
+        usual[piece] = statistics.median_low([*found, *[0.0] * (count - len(found))]) ** 2
         for client, size in zip(having, found, strict=True):
             squares[client][piece] = size**2
     return {client: _whole(each, usual, base) for client, each in squares.items() if each}

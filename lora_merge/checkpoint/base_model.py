@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,23 +33,17 @@ class BaseModel:
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "Tensor":
         """The tensor `name`, fp32; it must have the shape that the adapters give it."""
-        import torch
-
         stored = self._slice(name)
         if tuple(stored.get_shape()) != shape:
             raise _misfit(name, stored.get_shape(), shape)
-        tensor: torch.Tensor = stored[:].to(torch.float32)
-        return tensor
+        return _finite(name, stored[:])
 
     def row(self, name: str, index: int) -> "Tensor":
         """One row of the matrix `name`, fp32; the others are not read."""
-        import torch
-
         table = self._slice(name)
         if index >= table.get_shape()[0]:
             raise UsageError(f"The base model's {name} has no row {index}.")
-        row: torch.Tensor = table[index].to(torch.float32)
-        return row
+        return _finite(name, table[index])
 
     def weight(self, module: str, spec: FactorsSpec, *, square_is_transposed: bool | None) -> "Tensor":
         """W0 of a module as E d_out x d_in, fp32: an embedding's and a Conv1D's are stored transposed.
@@ -57,14 +51,11 @@ class BaseModel:
         Args:
             square_is_transposed: what a square matrix is, whose shape does not tell; None is unknown.
         """
-        import torch
-
         stored = self._slice(f"{module}.weight")
         shape = tuple(stored.get_shape())
         rows, columns = spec.blocks * spec.d_out, spec.d_in
         if (shape[0], math.prod(shape[1:])) == (rows, columns) and spec.layout == "conv":
-            tensor: torch.Tensor = stored[:].to(torch.float32).reshape(rows, columns)
-            return tensor
+            return _finite(f"{module}.weight", stored[:]).reshape(rows, columns)
         transposed = self.is_transposed(module, spec)
         if transposed is None:
             transposed = square_is_transposed
@@ -75,7 +66,7 @@ class BaseModel:
             )
         if shape != ((columns, rows) if transposed else (rows, columns)):
             raise _misfit(f"{module}.weight", shape, (rows, columns))
-        tensor = stored[:].to(torch.float32)
+        tensor = _finite(f"{module}.weight", stored[:])
         return tensor.mT if transposed else tensor
 
     def is_transposed(self, module: str, spec: FactorsSpec) -> bool | None:
@@ -159,6 +150,16 @@ def _model_type(folder: Path) -> str | None:
         return None
     kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     return kind if isinstance(kind, str) else None
+
+
+def _finite(name: str, stored: "Tensor") -> "Tensor":
+    """The tensor as fp32; refused where it is no base that anything could have been trained from."""
+    import torch
+
+    tensor = stored.to(torch.float32)
+    if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise RefusedError([Problem("the base model", name, "holds NaN or infinity")])
+    return tensor
 
 
 def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> UsageError:

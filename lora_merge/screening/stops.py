@@ -142,8 +142,8 @@ def oversized(
 ) -> list[Problem]:
     """The clients whose update is above five times the usual size only with what they trained whole.
 
-    What is usual goes by the tensors that a client has: whoever trained a large one more is held against the others
-    that did, and where too few did, only what the base proves counts. From three clients on.
+    What is usual of a tensor is what the median client has moved it by, so nothing where most have not. From three
+    clients on.
 
     Distances from the other clients leave out what all have moved alike, so whoever trained longer is farther from them
     than its size would say: by how much it did, its low-rank norm tells. (Five clients of 20 steps and one of 100: 3.7

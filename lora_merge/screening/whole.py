@@ -46,10 +46,11 @@ def judged(
     Args:
         federation: the clients, with the base where that is at hand.
         hashes: the sha256 of each one's weights file.
-        norms: the low-rank norms of all clients.
+        norms: the low-rank norms, as far as clients have any.
         before, let_in: who is in already, and whom of those the user let in knowingly.
     """
     tasks = _read_for_it(federation)
+    norms = {**{client.id: 0.0 for client in federation.clients}, **norms}
     if not tasks or len(norms) < FEW_NORMS:
         return Judged()
     seed = apart.seed_from(hashes.values())
@@ -59,7 +60,7 @@ def judged(
         for (client, _), sketches in zip(tasks, found, strict=True):
             values.setdefault(client.id, {}).update(sketches)
         base = _base_values(federation, seed, sorted({piece for each in values.values() for piece in each}), threads)
-    sizes = apart.wholes(values, base)
+    sizes = apart.wholes(values, base, len(norms))
     problems = oversized(norms, sizes, before, let_in)
     return Judged(problems, guessed=any(not sizes[problem.client].from_base for problem in problems))
 

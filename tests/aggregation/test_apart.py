@@ -41,7 +41,7 @@ def named(
 ) -> list[str]:
     """The clients that the stop names, all of which have the same low-rank norm."""
     clients = values(tensors, seed)
-    found = wholes(clients, {} if base is None else {HEAD: sketch(base, seed)})
+    found = wholes(clients, {} if base is None else {HEAD: sketch(base, seed)}, len(clients))
     return [problem.client for problem in oversized(dict.fromkeys(clients, norms), found)]
 
 
@@ -49,7 +49,7 @@ def named(
 def test_a_size_is_near_the_distance_from_the_base(shape: tuple[int, ...]) -> None:
     base = random(0, *shape)
     clients = values([base + 1e-3 * random(seed, *shape) for seed in (1, 2, 3)])
-    for seed, found in enumerate(wholes(clients, {HEAD: sketch(base)}).values(), start=1):
+    for seed, found in enumerate(wholes(clients, {HEAD: sketch(base)}, 3).values(), start=1):
         assert found.size == pytest.approx(1e-3 * float(random(seed, *shape).norm()), rel=0.3)
         assert found.from_base
 
@@ -57,7 +57,7 @@ def test_a_size_is_near_the_distance_from_the_base(shape: tuple[int, ...]) -> No
 def test_a_change_of_rank_one_is_measured_too() -> None:
     base = random(0, 200, 300)
     change = torch.outer(random(1, 200), random(2, 300))
-    (found,) = wholes(values([base + change]), {HEAD: sketch(base)}).values()
+    (found,) = wholes(values([base + change]), {HEAD: sketch(base)}, 1).values()
     assert found.size == pytest.approx(float(change.norm()), rel=0.6)
 
 
@@ -101,8 +101,8 @@ def test_who_trained_longer_than_others_that_moved_alike_is_not_stopped(count: i
     tensors = [base + k * (common + own * random(2 + i, 60, 40)) for i, k in enumerate(longer)]
     clients = values(tensors)
     norms = dict(zip(clients, longer, strict=True))
-    assert oversized(norms, wholes(clients, {})) == []
-    assert oversized(norms, wholes(clients, {HEAD: sketch(base)})) == []
+    assert oversized(norms, wholes(clients, {}, count)) == []
+    assert oversized(norms, wholes(clients, {HEAD: sketch(base)}, count)) == []
 
 
 @pytest.mark.parametrize("base", [None, random(0, 30, 20)], ids=["from the others", "from the base"])
@@ -121,16 +121,26 @@ def test_a_value_is_judged_as_a_part_of_the_whole_update() -> None:
     assert named(tensors, norms=0.01) == ["c"]
 
 
-def test_what_some_lack_is_held_against_those_that_have_it() -> None:
-    """Three of seven trained a head whose change is far larger than any low-rank update here."""
+def test_what_most_have_is_held_against_those_that_have_it() -> None:
+    """Four of seven trained a head whose change is far larger than any low-rank update here."""
     base = random(0, 60, 40)
-    heads = values([base + 0.5 * random(seed, 60, 40) for seed in (1, 2, 3)])
-    norms = dict.fromkeys([*heads, "p", "q", "r", "s"], 1.0)
+    heads = values([base + 0.5 * random(seed, 60, 40) for seed in (1, 2, 3, 4)])
+    norms = dict.fromkeys([*heads, "p", "q", "r"], 1.0)
     for known in ({}, {HEAD: sketch(base)}):
-        assert oversized(norms, wholes(heads, known)) == []
+        assert oversized(norms, wholes(heads, known, len(norms))) == []
     heads["b"] = {HEAD: sketch(base + 50 * random(2, 60, 40))}
     for known in ({}, {HEAD: sketch(base)}):
-        assert [each.client for each in oversized(norms, wholes(heads, known))] == ["b"]
+        assert [each.client for each in oversized(norms, wholes(heads, known, len(norms)))] == ["b"]
+
+
+@pytest.mark.parametrize("still", [0, 4, 7], ids=["others lack it", "some have it as it was", "all others do"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_few_that_alone_have_a_tensor_or_moved_it_do_not_say_what_is_usual(still: int, with_base: bool) -> None:
+    base = random(0, 60, 40)
+    tensors = [base + 50 * random(seed, 60, 40) for seed in (1, 2, 3)] + [base] * still
+    norms = dict.fromkeys(NAMES, 1.0)
+    found = oversized(norms, wholes(values(tensors), {HEAD: sketch(base)} if with_base else {}, len(norms)))
+    assert [each.client for each in found] == ["a", "b", "c"]
 
 
 def test_what_too_few_have_is_measured_from_the_base_only() -> None:
@@ -138,18 +148,18 @@ def test_what_too_few_have_is_measured_from_the_base_only() -> None:
     pair = values([base + 0.01 * random(1, 60, 40), base + 50 * random(2, 60, 40)])
     known = {HEAD: sketch(base)}
     norms = {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert wholes(pair, {}) == {}
-    assert [each.client for each in oversized(norms, wholes(pair, known))] == ["b"]
+    assert wholes(pair, {}, 3) == {}
+    assert [each.client for each in oversized(norms, wholes(pair, known, 3))] == ["b"]
 
 
 def test_order_and_scale_do_not_matter() -> None:
     base = random(0, 30, 20)
     tensors = [base + size * random(seed, 30, 20) for seed, size in enumerate((0.1, 0.2, 9.0, 0.1), start=1)]
     clients = values(tensors)
-    found = wholes(clients, {})
+    found = wholes(clients, {}, 4)
     for order in itertools.permutations(clients):
-        assert wholes({client: clients[client] for client in order}, {}) == found
-    scaled = wholes(values([8 * tensor for tensor in tensors]), {})
+        assert wholes({client: clients[client] for client in order}, {}, 4) == found
+    scaled = wholes(values([8 * tensor for tensor in tensors]), {}, 4)
     assert [each.size for each in scaled.values()] == [8 * each.size for each in found.values()]
     assert [each.usual_apart for each in scaled.values()] == [8 * each.usual_apart for each in found.values()]
 
