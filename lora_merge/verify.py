@@ -81,7 +81,7 @@ def verify(
         candidates = rooms.examine(rooms.expand([target]))
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock, published = read_lock(folder / LOCK_NAME), own_hashes(folder)
-        _require_intact(folder, str(target), published)
+        recorded = _require_intact(folder, str(target), published)
         named = [*_named_inputs(lock, bool(sources)), *sources]
         found = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
         refs = _locked_ones(lock, found)
@@ -89,7 +89,7 @@ def verify(
         device = device_called(lock.environment.get("device", "cpu"))
         with scratch_folder() as scratch:
             again = scratch / "again"
-            core = (folder / CORE_NAME).exists()
+            core = CORE_NAME in recorded  # it may be taken away, but the merge went through it
             try:
                 on = str(device or "cpu")
                 replay(lock, refs, again, core=core, base=base, device=on, workers=workers, reading=reading)
@@ -104,12 +104,14 @@ def verify(
             return replace(_compared(str(target), folder, published, again, lock, device), surplus=surplus)
 
 
-def _require_intact(folder: Path, target: str, published: Mapping[str, str]) -> None:
-    """Raise `RefusedError` where the ledger beside it says at once that it is not what was written."""
+def _require_intact(folder: Path, target: str, published: Mapping[str, str]) -> Mapping[str, str]:
+    """The files that the merge wrote; raises `RefusedError` where its ledger says at once that others are here."""
     if not (folder / LEDGER_NAME).exists():
-        return
-    if problems := [Problem(target, *found) for found in alterations(ledger_in(folder, target), published)]:
+        return published
+    ledger = ledger_in(folder, target)
+    if problems := [Problem(target, *found) for found in alterations(ledger, published)]:
         raise RefusedError(problems, hint=WAY_ON)
+    return published if ledger.files is None else ledger.files
 
 
 def _hashes(named: Sequence[str | Path], reading: Reading) -> dict[str, Mapping[str, str]]:

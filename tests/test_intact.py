@@ -1,6 +1,7 @@
 """A ledger knows the adapter that was merged: whoever builds on other files than those is told, and nothing is made."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,16 @@ def test_a_core_may_be_taken_away_and_none_may_be_put_beside(onto: Path, late: P
         fold([late], onto, screening=SCREENING)
     (onto / CORE).unlink()
     assert fold([late], onto, screening=SCREENING).added == ["org/c"]
+
+
+@pytest.mark.parametrize("put", [lambda path: None, os.mkfifo, os.mkdir], ids=["nothing", "a pipe", "a folder"])
+def test_without_its_core_a_fold_is_still_verified_as_what_it_is(
+    put: Callable[[Path], object], onto: Path, late: Path
+) -> None:
+    fold([late], onto, screening=SCREENING)
+    (onto / CORE).unlink()
+    put(onto / CORE)
+    assert verify(onto, [onto.parent / name for name in "abc"]).verdict == "identical"
 
 
 def test_a_large_file_is_made_durable_while_it_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ LARGE = 1 << 24  # bytes, from which on the disk takes long enough to be waited 
 
 def own_hashes(folder: Path, sha256: Callable[[Path], str] = file_sha256) -> dict[str, str]:
     """The sha256 of each of a merged adapter's own files, by name."""
-    return {name: sha256(folder / name) for name in OWN_NAMES if (folder / name).exists()}
+    return {name: sha256(folder / name) for name in OWN_NAMES if (folder / name).is_file()}
 
 
 def settled(path: Path) -> str:
