@@ -1,7 +1,10 @@
 """Ctrl-C reaches the main thread whatever is being moved: no other thread may be handed it."""
 
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 from lora_merge.hub.client import hub_session
 from lora_merge.hub.transfer import within
@@ -34,3 +37,21 @@ def test_threads_that_move_files_and_those_that_they_start_are_not_handed_an_int
 def test_the_main_thread_takes_it() -> None:
     leave_to_main()
     assert not blocked()
+
+
+def test_a_ctrl_c_that_an_import_swallows_is_not_lost(tmp_path: Path) -> None:
+    """As numpy and torch do: their C code drops what is raised in the middle of their imports."""
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.3)\nexcept BaseException:\n    pass\n"
+    )
+    code = (
+        "import time\nfrom lora_merge.cli.output import Output\n"
+        "with Output().reporting():\n    import swallowing\n    time.sleep(20)\nprint('went on')"
+    )
+    run = "import typer\ntry:\n    exec(CODE)\nexcept typer.Exit as end:\n    raise SystemExit(end.exit_code)"
+    ran = subprocess.run(
+        [sys.executable, "-c", run.replace("CODE", repr(code))], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (130, "")
+    assert ran.stderr.startswith("error: Interrupted")

@@ -105,6 +105,8 @@ def _run() -> int:
         if "--json" in sys.argv:
             record = {"code": 2, "message": message, "hint": hint}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
-        elif message:  # a bare `lora-merge` printed its help already
+        elif message.startswith("Usage: "):  # of a bare `lora-merge`, the error is the help
+            print(message, file=sys.stderr)
+        elif message:  # or, of an older typer, empty: it was printed already
             Output().usage_error(message, hint)
         return 2

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -221,18 +222,26 @@ class Output:
 
 @contextmanager
 def _ctrl_c() -> Iterator[None]:
-    """KeyboardInterrupt for whatever an interrupt ends in: inside a lock's wait Python makes a RuntimeError of it."""
+    """KeyboardInterrupt for whatever an interrupt ends in: inside a lock's wait Python makes a RuntimeError of it.
+
+    Inside an import it may be lost, since numpy and torch drop what is raised in the middle of theirs: so it waits for
+    the end of that.
+    """
     interrupted = False
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        raise KeyboardInterrupt
+        if _is_importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield
         return
     before = signal.signal(signal.SIGINT, interrupt)
+    alarm = signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
     except Exception as error:
@@ -240,7 +249,17 @@ def _ctrl_c() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGINT, before)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _bar(console: "Console", unit: str) -> "Progress":

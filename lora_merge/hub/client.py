@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import re
+import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
 import httpx2
 from huggingface_hub import HfApi, constants, set_client_factory
@@ -125,6 +127,7 @@ class HubClient(httpx2.Client):
         hooks = {"request": [library.hf_request_event_hook]}
         super().__init__(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT)
         self.patience = patience
+        self._connections: WeakSet[Any] = WeakSet()
 
     def build_request(self, *args: Any, timeout: Any = None, **options: Any) -> httpx2.Request:
         chosen = timeout if isinstance(timeout, (int, float, httpx2.Timeout)) else TIMEOUT
@@ -133,6 +136,7 @@ class HubClient(httpx2.Client):
     def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         if request.url.path.endswith("/api/agent-harnesses"):
             return httpx2.Response(404, request=request)  # the library's own statistics; not worth a call or a wait
+        request.extensions["trace"] = self._remember
         for attempt in range(1_000_000):
             try:
                 response = self._send_once(request, stream, **options)
@@ -167,6 +171,17 @@ class HubClient(httpx2.Client):
             finally:
                 response.close()
         return response
+
+    def _remember(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._connections.add(facts["return_value"])
+
+    def hang_up(self) -> None:
+        """End the session, and every read under way: a thread that waits for a stalled server hears of nothing else."""
+        self.patience.end()
+        for connection in list(self._connections):
+            with suppress(OSError):  # closed already
+                socket.socket.shutdown(connection.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
 class _Deadline(httpx2.SyncByteStream):
@@ -228,7 +243,8 @@ def _asked_wait(response: httpx2.Response) -> float | None:
     if response.status_code == 429 and limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds + 1.0
     asked = response.headers.get("Retry-After", "").strip()
-    return float(asked[:9]) if asked.isdigit() else None
+    # A wait of nothing is none: asked again at once, without end, a busy server would only be busier.
+    return float(asked[:9]) or None if asked.isascii() and asked.isdigit() else None
 
 
 def _failing(error: Exception) -> str:
@@ -248,7 +264,7 @@ def interrupt() -> None:
     """End the open session's waits, and its downloads over Xet: for Ctrl-C, and where going on is useless."""
     client = library.get_session()
     if isinstance(client, HubClient):
-        client.patience.end()
+        client.hang_up()
     abort_xet_session()  # type: ignore[no-untyped-call]
 
 

@@ -88,6 +88,7 @@ class Patience:
             asked: whether a server asks for so many seconds.
             already: seconds that this has taken up to now, by waits which nobody has booked.
         """
+        self.require_going_on()
         reason = f"{why} and asks to wait {seconds:.0f} s" if asked else why
         # Eight threads that wait for the same limit say it once.
         if self.budget.book(seconds, reason, already) > min(1.0, seconds / 2):

@@ -10,6 +10,7 @@ import pytest
 import typer
 from rich.table import Table
 
+from lora_merge.cli.main import main
 from lora_merge.cli.output import Output, plain, printable
 from lora_merge.errors import (
     LoraMergeError,
@@ -246,3 +247,16 @@ def test_a_warning_is_said_in_every_mode_and_never_on_stdout(capsys: Captured) -
     for mode in ({}, {"quiet": True}, {"as_json": True}):
         Output(**mode).warn("x")
         assert capsys.readouterr() == ("", "warning: x\n")
+
+
+def test_a_bare_command_prints_its_help_as_it_is(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in (["lora-merge"], ["lora-merge", "recipes"]):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        ran = capsys.readouterr()
+        shown = ran.out + ran.err  # typer 0.16 prints it itself, to stdout
+        assert ended.value.code == 2
+        assert shown.startswith("Usage: ")
+        assert "\n\nOptions:\n" in shown
+        assert "error:" not in shown

@@ -171,3 +171,29 @@ def test_an_interrupted_run_goes_on_with_what_is_whole(
     assert not hub.calls("* /org/client-0/resolve/*"), "what was whole was downloaded again"
     assert not list(pull.home.glob(partial))
     assert not list(tmp_path.glob(".global*"))
+
+
+def test_ctrl_c_ends_a_read_from_a_hub_that_stalls(hub: LocalHub, pullers: dict[bool, Puller], tmp_path: Path) -> None:
+    publish(hub, 2)
+    hub.fault("GET /lfs/*", "stall", times=None)
+    pulling = start(hub, fresh(pullers[False], tmp_path), False, "org/client-*", "-o", "global")
+    while not hub.calls("GET /lfs/*") and pulling.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.2)  # by then it waits for the answer, which it would do for half a minute
+    began = time.monotonic()
+    pulling.send_signal(signal.SIGINT)
+    _, err = pulling.communicate(timeout=60)
+    assert pulling.returncode == 130
+    assert err.startswith("error: Interrupted")
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("asked", [0, "\u00b2"])
+def test_who_asks_to_wait_for_nothing_is_not_asked_again_without_end(
+    hub: LocalHub, pull_once: Puller, asked: int
+) -> None:
+    publish(hub, 1)
+    hub.fault("GET /api/models/*", "status", status=429, retry_after=asked, times=None)
+    ran = pull_once("org/client-0", "-o", "global")
+    assert (ran.code, "429" in ran.err) == (5, True)
+    assert len(hub.calls("GET /api/models/*")) <= 6
