@@ -233,7 +233,7 @@ def _ctrl_c() -> Iterator[None]:
         nonlocal interrupted
         interrupted = True
         if _is_importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
         else:
             raise KeyboardInterrupt
 
