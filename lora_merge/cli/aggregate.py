@@ -260,7 +260,8 @@ def _record_rows(ledger: "Ledger") -> Iterator[tuple[str, str]]:
     for line in ledger.waved_through:
         yield "let in", line
     weighting = "as given" if ledger.weighting == "given" else f"by {ledger.weighting}"
-    yield "method", f"{ledger.method}, weights {weighting}"
+    slower = f", global learning rate {ledger.global_lr:g}" if ledger.global_lr != 1 else ""
+    yield "method", f"{ledger.method}, weights {weighting}{slower}"
     yield "rank", ranks_shown(ledger.ranks)
     yield from robust_rows(ledger)
     yield "certificate", ledger.certificate.sentence()

@@ -122,7 +122,8 @@ def _table(
     if not result.changed:
         table.add_row("nothing new", plain(f"{result.output} is as it was."))
         return table
-    table.add_row("global adapter", plain(f"{result.output}  ({seconds:.1f} s)"))
+    title = "global adapter" if result.ledger.parent else "new global adapter"  # a slip in a name makes one too
+    table.add_row(title, plain(f"{result.output}  ({seconds:.1f} s)"))
     for name in ("added", "replaced", "withdrawn"):
         if clients := getattr(result, name):
             table.add_row(name, plain(", ".join(clients)))

@@ -41,7 +41,7 @@ def train(
         ),
     ],
     data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
-    client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME.")],
+    client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME, or a NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to make.")],
     base: Annotated[Path | None, typer.Option(help="A folder with the weights of the recipe's base model.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,

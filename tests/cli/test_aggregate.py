@@ -467,3 +467,11 @@ def test_onto_a_global_adapter_the_defaults_are_what_it_was_made_with(run: Run, 
     made = json.loads(out)
     assert (code, made["method"], made["options"]["rank"]) == (0, "svd", 1)
     assert (made["dtype"], made["weighting"]) == ("bf16", "uniform")
+
+
+@pytest.mark.usefixtures("two")
+def test_what_is_out_of_the_ordinary_is_shown(run: Run) -> None:
+    assert "global learning rate 0.5" in run("a", "b", "-o", "global", "--global-lr", "0.5")[1]
+    assert "global learning rate" not in run("a", "b", "-o", "other")[1]
+    assert run("a", "--onto", "founded")[1].startswith("new global adapter")
+    assert run("b", "--onto", "founded")[1].startswith("global adapter")
