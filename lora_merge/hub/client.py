@@ -38,6 +38,7 @@ SLOWEST_BYTES_A_SECOND = 10_000
 # it to wait, it tries by its own times. It reads these from the environment when its first transfer begins; what the
 # user has set there stays.
 XET_TRIES = "HF_XET_CLIENT_RETRY_MAX_DURATION"
+XET_OVERRUNS = 3  # it looks at that time before its pauses, which grow, and not during them
 XET_SETTINGS = {
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
     "HF_XET_CLIENT_READ_TIMEOUT": "30s",
@@ -91,7 +92,7 @@ def _waiting_with(patience: Patience) -> Iterator[None]:
 @contextmanager
 def _xet_settings(seconds: float) -> Iterator[None]:
     """Xet's settings in the environment; its own tries are shorter where less time than they take may be waited."""
-    tries = {XET_TRIES: f"{max(seconds, 1):.0f}s"} if seconds < seconds_of_xet_tries() else {}
+    tries = {XET_TRIES: f"{max(seconds / XET_OVERRUNS, 1):.0f}s"} if seconds < seconds_of_xet_tries() else {}
     added = {name: value for name, value in {**XET_SETTINGS, **tries}.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -102,8 +103,8 @@ def _xet_settings(seconds: float) -> Iterator[None]:
 
 
 def seconds_of_xet_tries() -> float:
-    """How long Xet tries by itself where a server is busy, which it does not tell."""
-    return float(XET_SETTINGS[XET_TRIES].removesuffix("s"))
+    """How long Xet tries by itself where a server is busy, which it does not tell; at most."""
+    return XET_OVERRUNS * float(XET_SETTINGS[XET_TRIES].removesuffix("s"))
 
 
 @contextmanager

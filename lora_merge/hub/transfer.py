@@ -43,7 +43,7 @@ def moved(size: int, move: Callable[[], T]) -> T:
                 raise
         # Xet has waited for us already; before that it may have moved bytes for long.
         tried = min(time.monotonic() - began, client.seconds_of_xet_tries())
-        client.patience().wait(pause, why, already=tried)
+        client.patience().wait(pause, why, already=tried, ahead=tried)
     raise AssertionError("unreachable")
 
 

@@ -31,11 +31,12 @@ class Budget:
         """The seconds that are not spent."""
         return max(self.max_wait - self._waited, 0.0)
 
-    def book(self, seconds: float, why: str, already: float = 0.0) -> float:
+    def book(self, seconds: float, why: str, already: float = 0.0, ahead: float = 0.0) -> float:
         """Spend a wait of `seconds` that begins now; gives those of them that nobody else waits.
 
         Args:
             already: seconds up to now that were waited for us; they are spent too.
+            ahead: seconds that the try after it may wait for us again, which must be left.
 
         Raises:
             NetworkError: it would take longer than what is left, or another one was refused for that.
@@ -45,7 +46,7 @@ class Budget:
             self._waited += max(now - max(now - already, self._until), 0.0)
             self._until = max(self._until, now)
             more = max(now + seconds - self._until, 0.0)
-            self._refused = self._refused or self._waited + more > self.max_wait
+            self._refused = self._refused or self._waited + more + ahead > self.max_wait
             if self._refused:
                 waited = self._waited - (self._until - now)
                 raise NetworkError(
@@ -81,17 +82,18 @@ class Patience:
         self._tell = tell
         self._ended = threading.Event()
 
-    def wait(self, seconds: float, why: str, *, asked: bool = False, already: float = 0.0) -> None:
+    def wait(self, seconds: float, why: str, *, asked: bool = False, already: float = 0.0, ahead: float = 0.0) -> None:
         """Sleep, and say so; at once an error where it would take longer than allowed, or the session ended.
 
         Args:
             asked: whether a server asks for so many seconds.
             already: seconds that this has taken up to now, by waits which nobody has booked.
+            ahead: seconds that the next try may take in the same way.
         """
         self.require_going_on()
         reason = f"{why} and asks to wait {seconds:.0f} s" if asked else why
         # Eight threads that wait for the same limit say it once.
-        if self.budget.book(seconds, reason, already) > min(1.0, seconds / 2):
+        if self.budget.book(seconds, reason, already, ahead) > min(1.0, seconds / 2):
             self._tell(f"{why}; trying again in {seconds:.0f} s.")
         self._ended.wait(seconds)
         self.require_going_on()

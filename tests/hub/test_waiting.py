@@ -60,3 +60,10 @@ def test_threads_that_wait_for_one_limit_say_it_once() -> None:
 def test_no_budget_is_negative() -> None:
     with pytest.raises(UsageError, match="--max-wait must be a number of seconds from 0 up"), waiting_at_most(-1):
         pass
+
+
+def test_a_try_that_may_wait_for_longer_than_what_is_left_is_not_begun() -> None:
+    budget = Budget(10)
+    assert budget.book(1, "busy", already=4, ahead=4) == pytest.approx(1, abs=0.1)
+    with pytest.raises(NetworkError, match=r"^busy; gave up"):
+        budget.book(1, "busy", ahead=5)
