@@ -1,6 +1,7 @@
 """A merge of many clients from the Hub: its time, memory, threads and calls.
 
 `python -m tests.sources.many [COUNT [WIDTH]]`: COUNT clients of 512 x WIDTH bytes each, and a tenth of them.
+A mean by `fedavg` says what the clients cost; `exact` also holds two modules of its result, which grow with them.
 """
 
 import json
@@ -35,11 +36,11 @@ finally:
 """
 
 
-def measure(count: int, width: int, xet: bool) -> dict[str, float]:
+def measure(count: int, width: int, xet: bool, method: str) -> dict[str, float]:
     """Merge `org/client-*` of `count` clients in a process of its own, with an empty cache."""
     with tempfile.TemporaryDirectory() as folder, LocalHub() as hub:
         publish(hub, count, width=width, layers=32)
-        arguments = ["org/client-*", "-o", "global", "-q", "--certificate", "off"]
+        arguments = ["org/client-*", "-o", "global", "-q", "--certificate", "off", "--method", method]
         environment = hub.env(cache=Path(folder, "home"), xet=xet)
         began = time.monotonic()
         ran = subprocess.run(
@@ -63,8 +64,9 @@ def measure(count: int, width: int, xet: bool) -> dict[str, float]:
 def main() -> None:
     count, width = (int(text) for text in [*sys.argv[1:], "200", "4000"][:2])
     for xet in (True, False):
-        for clients in (max(count // 10, 1), count):
-            print("Xet" if xet else "LFS", json.dumps(measure(clients, width, xet)), flush=True)
+        for method in ("fedavg", "exact"):
+            for clients in (max(count // 10, 1), count):
+                print("Xet" if xet else "LFS", method, json.dumps(measure(clients, width, xet, method)), flush=True)
 
 
 if __name__ == "__main__":
