@@ -4,9 +4,9 @@ import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import typer
 
@@ -14,7 +14,8 @@ from lora_merge.errors import UsageError
 
 FILE_NAME = "lora-merge.toml"
 PREFIX = "LORA_MERGE_"
-# What an option is about: where the first is typed, the others count only if they are typed too.
+# What belongs to an option: where the environment, or the user, sets the first, the others that stand further down are
+# of another method, and do not count.
 BELONGS_TO = {
     "method": ("rank", "energy", "density"),
     "rank": ("energy",),
@@ -22,6 +23,18 @@ BELONGS_TO = {
     "weight": ("weights",),
     "weights": ("weight",),
 }
+
+
+class _Set(NamedTuple):
+    """What an option is set to, how it is typed, and where it was set."""
+
+    value: Any
+    option: str
+    origin: str
+
+
+_Path: TypeAlias = tuple[str, ...]  # of a command: `("recipes", "list")`
+_Layer: TypeAlias = dict[_Path, dict[str, _Set]]  # each command's parameters by name
 
 _set_by: dict[str, str] = {}  # of the command that runs: `--rank` to `LORA_MERGE_AGGREGATE_RANK` or the file
 
@@ -38,9 +51,14 @@ def load_defaults(context: typer.Context) -> None:
     """
     commands: Mapping[str, Any] = context.command.commands  # type: ignore[attr-defined]
     _set_by.clear()
-    defaults = _of_file(commands)
-    _put_environment(defaults, commands)
-    context.default_map = defaults
+    context.default_map = defaults = dict[str, Any]()
+    for path, options in _over(_of_environment(commands), _of_file(commands)).items():
+        table = defaults
+        for name in path:
+            table = table.setdefault(name, {})
+        table |= {name: each.value for name, each in options.items()}
+        if path[0] in sys.argv:
+            _set_by.update({each.option: each.origin for each in options.values()})
 
 
 def without_those_typed_over(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +66,23 @@ def without_those_typed_over(context: typer.Context, values: Mapping[str, Any]) 
     typed = {
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    gone = {part for name in typed for part in BELONGS_TO.get(name, ())} - typed
+    gone = _set_aside(typed)
     return {name: None if name in gone else value for name, value in values.items()}
+
+
+def _over(upper: _Layer, lower: _Layer) -> _Layer:
+    """Both layers as one: of what both set, the upper one's."""
+    found = dict[_Path, dict[str, _Set]]()
+    for path in {**lower, **upper}:
+        above = upper.get(path, {})
+        gone = _set_aside(above)
+        found[path] = {name: each for name, each in lower.get(path, {}).items() if name not in gone} | above
+    return found
+
+
+def _set_aside(above: Collection[str]) -> set[str]:
+    """The options that do not count further down, where those `above` are set."""
+    return {part for name in above for part in BELONGS_TO.get(name, ())}.difference(above)
 
 
 def set_elsewhere(message: str) -> str:
@@ -63,7 +96,7 @@ def _names(message: str, option: str) -> bool:
     return any(word.strip("'\":;,.()") == option for word in message.split())
 
 
-def _of_file(commands: Mapping[str, Any]) -> dict[str, Any]:
+def _of_file(commands: Mapping[str, Any]) -> _Layer:
     path = Path(FILE_NAME)
     if not path.is_file():
         return {}
@@ -71,44 +104,44 @@ def _of_file(commands: Mapping[str, Any]) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{FILE_NAME} is not valid TOML: {error}.") from error
-    return {name: _table(commands, (name,), table) for name, table in tables.items()}
+    return {path: options for name, table in tables.items() for path, options in _tables(commands, (name,), table)}
 
 
-def _table(commands: Mapping[str, Any], path: tuple[str, ...], table: Any) -> dict[str, Any]:
+def _tables(commands: Mapping[str, Any], path: _Path, table: Any) -> Iterator[tuple[_Path, dict[str, _Set]]]:
     name = path[-1]
     if name not in commands or not isinstance(table, dict):
         raise UsageError(f"{FILE_NAME} has the entry {'.'.join(path)!r}, which is no command.{_near(name, commands)}")
     if inner := getattr(commands[name], "commands", None):
-        return {key: _table(inner, (*path, key), value) for key, value in table.items()}
+        for key, value in table.items():
+            yield from _tables(inner, (*path, key), value)
+        return
     options = _options(commands[name])
     for key in table:
         if key not in options:
             where = f"[{'.'.join(path)}] {key}"
             raise UsageError(f"{FILE_NAME} has {where}, which is no option of {name}.{_near(key, options)}")
-    _remember(path, {f"--{key}": FILE_NAME for key in table})
-    return {options[key].name: value for key, value in table.items()}
+    yield path, {options[key].name: _Set(value, f"--{key}", FILE_NAME) for key, value in table.items()}
 
 
-def _put_environment(defaults: dict[str, Any], commands: Mapping[str, Any]) -> None:
+def _of_environment(commands: Mapping[str, Any]) -> _Layer:
     known = {
         PREFIX + "_".join((*path, option)).upper().replace("-", "_"): (path, option, parameter)
         for path, command in _leaves(commands)
         for option, parameter in _options(command).items()
     }
+    found: _Layer = {}
     for variable, text in os.environ.items():
         if not variable.startswith(PREFIX):
             continue
         if variable not in known:
             raise UsageError(f"The environment has {variable}, which sets no option.{_near(variable, known)}")
         path, option, parameter = known[variable]
-        table = defaults
-        for name in path:
-            table = table.setdefault(name, {})
-        table[parameter.name] = text.split() if parameter.multiple else text
-        _remember(path, {f"--{option}": variable})
+        value = text.split() if parameter.multiple else text
+        found.setdefault(path, {})[parameter.name] = _Set(value, f"--{option}", variable)
+    return found
 
 
-def _leaves(commands: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(commands: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
     for name, command in commands.items():
         if inner := getattr(command, "commands", None):
             yield from _leaves(inner, (*path, name))
@@ -119,11 +152,6 @@ def _leaves(commands: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator
 def _options(command: Any) -> dict[str, Any]:
     """The long options of a command, without their dashes."""
     return {option.removeprefix("--"): each for each in command.params for option in each.opts if "--" in option}
-
-
-def _remember(path: tuple[str, ...], origins: Mapping[str, str]) -> None:
-    if path[0] in sys.argv:
-        _set_by.update(origins)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -133,6 +133,24 @@ def test_what_belongs_to_another_method_does_not_outlive_a_method_that_is_typed(
     assert "set by" not in err
 
 
+@pytest.mark.parametrize("command", ["aggregate", "watch"])
+def test_what_belongs_to_another_method_does_not_outlive_a_method_of_the_environment(
+    command: str, here: Path, lora_merge: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client(here / "a")
+    run = ("aggregate", "a", "-o", "global") if command == "aggregate" else ("watch", "a", "--onto", "global")
+    more = () if command == "aggregate" else ("--until", "1")
+    (here / "lora-merge.toml").write_text(f'[{command}]\nmethod = "svd"\nrank = 1\n')
+    monkeypatch.setenv(f"LORA_MERGE_{command.upper()}_METHOD", "exact")
+    code, _, err = lora_merge(*run, *more, "-q")
+    assert code == 0, err
+    assert json.loads((here / "global" / "aggregation.json").read_text())["ranks"] == [2]
+    monkeypatch.setenv(f"LORA_MERGE_{command.upper()}_RANK", "1")  # set as high as the method, it counts
+    code, _, err = lora_merge(*run, *more, "-q")
+    assert code == 2
+    assert f"--rank is set by LORA_MERGE_{command.upper()}_RANK" in err
+
+
 def test_a_method_that_is_typed_for_a_watch_drops_the_rank_of_the_file(here: Path, lora_merge: Run) -> None:
     client(here / "a")
     (here / "lora-merge.toml").write_text('[watch]\nmethod = "svd"\nrank = 1\n')
