@@ -26,7 +26,7 @@ SETTINGS = "demo.json"
 MADE = ("data", "clients", "global", "logs", "evaluation.json", "commands.sh", SETTINGS)
 _BEGINNING = (
     "{clients} organisations fine-tune one model apart, each on rows of its own; one merge of what they learnt makes",
-    "the global model. Some minutes on two cores. Everything goes into {output}, and stays there.",
+    "the global model. For four, that takes about four minutes on two cores. Everything goes into {output}, and stays.",
 )
 
 
@@ -52,7 +52,7 @@ def demo(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune a small model at four clients, merge once, and compare: real data, under six minutes on two cores.
+    """Fine-tune a small model at four clients, merge once, and compare: real data, about four minutes on two cores.
 
     Run again after an interruption, it goes on from what is there.
 
@@ -163,8 +163,8 @@ def _run(out: Output, output: Path, plan: "Plan", at_once: int) -> dict[str, flo
         out.say(f"{number}/{len(stages)} {title}")
         for path in (step.makes for step in steps if step.makes.exists()):
             out.say(f"  {path} is there already")
-        for step in due:
-            out.say(f"  $ {step.shown()}")
+        for line in (line for step in due for line in f"  $ {step.shown()}".split("\n")):
+            out.say(line)  # a line break in a command stays one, so that it can be pasted into a shell
         began = time.monotonic()
         seconds.update(crew.run(due, at_once))
         if due:

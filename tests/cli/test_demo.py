@@ -75,9 +75,13 @@ def test_every_step_left_its_folder(finished: tuple[Path, str, str]) -> None:
 
 def test_the_printed_commands_are_those_that_ran_and_run_again(finished: tuple[Path, str, str], tmp_path: Path) -> None:
     folder, _, err = finished
-    commands = [line for line in (folder / "commands.sh").read_text().splitlines() if line.endswith(" --force")]
+    text = (folder / "commands.sh").read_text()
+    commands = [line for line in text.splitlines() if line.endswith(" --force")]
     assert len(commands) == 5
-    assert all(f"$ {line.removesuffix(' --force')}\n" in err for line in commands[:4])  # the fifth holds line breaks
+    body = text.split("\ncd ")[1]
+    whole = body.partition("\n")[2].removesuffix(" --force\n").split(" --force\n")
+    assert "\n" in whole[4]  # in the prompt, as it is pasted into a shell
+    assert all(f"  $ {command}\n" in err for command in whole)
     aggregate = next(line for line in commands if " aggregate " in line)
     again = aggregate.replace(str(folder / "global"), str(tmp_path / "again"))
     arguments = again.split(" aggregate ")[1]
