@@ -4,10 +4,12 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_merge.errors import UsageError
+
+if TYPE_CHECKING:  # torch is imported where it is asked, so that a name can be judged without it
+    import torch
 
 
 def device_kind(name: str, kinds: Sequence[str] = ("cpu", "cuda")) -> tuple[str, int]:
@@ -22,12 +24,14 @@ def device_kind(name: str, kinds: Sequence[str] = ("cpu", "cuda")) -> tuple[str,
     return kind, int(index or 0)
 
 
-def device_named(name: str) -> torch.device:
+def device_named(name: str) -> "torch.device":
     """The device that `auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:INDEX` means here.
 
     Raises:
         UsageError: there is none.
     """
+    import torch
+
     kind, index = device_kind(name)
     if kind == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,16 +40,20 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
-def device_called(name: str) -> torch.device | None:
+def device_called(name: str) -> "torch.device | None":
     """The device here that `environment` calls `name`; None where there is none of this name."""
+    import torch
+
     if name == "cpu":
         return torch.device("cpu")
     found = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
     return next((device for device in found if torch.cuda.get_device_name(device) == name), None)
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: "torch.device") -> dict[str, str]:
     """The facts under which the same inputs give the same bytes; no host name, no path, no clock."""
+    import torch
+
     return {
         "blas": _blas(),
         "cpu": _cpu(),
@@ -58,6 +66,8 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _blas() -> str:
+    import torch
+
     found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     return found.group(1) if found else "unknown"
 

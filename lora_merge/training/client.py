@@ -38,14 +38,19 @@ def write_client(
 
     The folder appears whole, by one rename, or not at all.
     """
+    # A run of few steps may not have come to every row; the client's weight counts those that it learnt from.
+    steps, batch = fitted.steps, loaded.recipe.batch_size
+    learnt = min(num_examples, steps * batch)
+    if learnt < num_examples:
+        came = f"{steps} steps of {batch} rows came to {learnt} of the {num_examples} examples"
+        job.tell(f"{job.client_id}: {came}: the adapter states {learnt}")
     statement = Statement(
         client_id=job.client_id,
         base_model=base,
-        # A run of few steps may not have come to every row; the client's weight counts those that it learnt from.
-        num_examples=min(num_examples, fitted.steps * loaded.recipe.batch_size),
+        num_examples=learnt,
         recipe=RecipeRef(loaded.name, loaded.digest, loaded.recipe.prompt_form, dict(loaded.overrides)),
         local_epochs=fitted.epochs,
-        steps=fitted.steps,
+        steps=steps,
         tokens=fitted.tokens,
         seed_lora_A=loaded.recipe.seed_lora_A,
         trained_at={"start": _second(started), "end": _second(datetime.now(UTC))},

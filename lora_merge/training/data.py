@@ -14,7 +14,6 @@ from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.training.records import records
 
-SHOWN_PROBLEMS = 20
 IGNORED = -100  # the label that the loss leaves out
 
 _FORMS = {
@@ -79,7 +78,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows and not problems:
         problems.append(("the file", "holds no rows"))
     if problems:
-        raise _refused(Path(path).name, problems)
+        raise RefusedError([Problem(Path(path).name, where, reason) for where, reason in problems])
     return rows
 
 
@@ -216,9 +215,3 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{key} holds half a character (a lone surrogate)") from None
     return value or ""
-
-
-def _refused(name: str, problems: list[tuple[str, str]]) -> RefusedError:
-    shown = [Problem(name, where, reason) for where, reason in problems[:SHOWN_PROBLEMS]]
-    more = len(problems) - len(shown)
-    return RefusedError(shown, hint=f"{more} more rows are wrong." if more else "")

@@ -18,7 +18,7 @@ from lora_merge.environment import device_kind
 from lora_merge.errors import UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.training.data import IGNORED, Encoded
-from lora_merge.training.job import Job, Step
+from lora_merge.training.job import DEVICES, Job, Step
 
 CHECKPOINT_SECONDS = 300.0
 
@@ -92,7 +92,7 @@ def pick_device(name: str) -> str:
     Raises:
         UsageError: there is no such device.
     """
-    kind, index = device_kind(name, ("cpu", "cuda", "mps"))
+    kind, index = device_kind(name, DEVICES)
     if kind in ("auto", "cuda"):
         _show_one_cuda_device(index, name)
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_merge.checkpoint.folder import check_free
+from lora_merge.environment import device_kind
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, StatementError, check_client_id
-from lora_merge.training.records import names_file
+from lora_merge.training.records import check_data
 
 _MARK = "run.json"
+DEVICES = ("cpu", "cuda", "mps")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", FILE_NAME)
 
 
@@ -73,15 +75,17 @@ def check_job(job: Job) -> None:
     """Refuse what cannot work, before rows are read or a model is loaded.
 
     Raises:
-        UsageError: the client id is malformed, or the output is taken.
-        NotFoundError: there is no data.
+        UsageError: the client id is malformed, the data or the device is of no known kind, or the output is taken.
+        NotFoundError: there is no data, or no folder with the base model.
     """
     try:
         check_client_id(job.client_id)
     except StatementError as error:
         raise UsageError(f"--client-id {job.client_id}: {error.reason}.") from error
-    if names_file(job.data) and not Path(job.data).exists():
-        raise NotFoundError(f"There is no data file {job.data}.")
+    device_kind(job.device, DEVICES)
+    check_data(job.data)
+    if job.base is not None and not job.base.is_dir():
+        raise NotFoundError(f"--base {job.base}: there is no such folder.")
     _check_output(job)
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ def records(path: str) -> Iterator[tuple[str, object]]:
         NotFoundError: there is no such file or data set.
         NetworkError: the Hub cannot be reached for a data set.
         RefusedError: the file as a whole cannot be read.
-        UsageError: `datasets` is needed and not installed.
+        UsageError: `datasets` is needed and not installed, or the file is of no form that is read.
     """
+    check_data(path)
     if not path.lower().endswith(JSON_SUFFIXES):
         return _places("row", list(_dataset(path)))
-    if not Path(path).is_file():
-        raise NotFoundError(f"There is no data file {path}.")
     content = _content(Path(path))
     if content.lstrip().startswith(b"["):
         whole = _parsed(content)
@@ -36,9 +36,21 @@ def records(path: str) -> Iterator[tuple[str, object]]:
     return _places("line", [_parsed(line) if line.strip() else None for line in content.split(b"\n")])
 
 
-def names_file(path: str) -> bool:
-    """Whether `path` ends like a data file; a Hub data set's id does not."""
-    return path.lower().endswith((*JSON_SUFFIXES, *_BUILDERS))
+def check_data(path: str) -> None:
+    """Raise, as `records` does, what shows before anything is read or imported."""
+    local, is_json = Path(path), path.lower().endswith(JSON_SUFFIXES)
+    names_file = path.lower().endswith((*JSON_SUFFIXES, *_BUILDERS))  # a Hub data set's id does not
+    if not is_json and find_spec("datasets") is None:
+        raise UsageError(
+            f"{path} is not JSON lines ({', '.join(JSON_SUFFIXES)}); other formats need the package `datasets`.",
+            hint="pip install 'lora-merge[data]'",
+        )
+    if not (local.is_file() if is_json else local.exists() or (path.count("/") == 1 and not names_file)):
+        raise NotFoundError(f"There is no data file {path}.")
+    if local.is_file() and not names_file:
+        raise UsageError(
+            f"{path} is of no form that is read: its name ends in none of {', '.join((*JSON_SUFFIXES, *_BUILDERS))}."
+        )
 
 
 def _places(unit: str, found: list[Any]) -> Iterator[tuple[str, object]]:
@@ -69,16 +81,9 @@ def _parsed(line: bytes) -> object:
 
 
 def _dataset(path: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            f"{path} is not JSON lines ({', '.join(JSON_SUFFIXES)}); other formats need the package `datasets`.",
-            hint="pip install 'lora-merge[data]'",
-        ) from None
+    import datasets
+
     local = Path(path)
-    if not local.exists() and (names_file(path) or path.count("/") != 1):
-        raise NotFoundError(f"There is no data file {path}.")
     datasets.disable_progress_bars()
     try:
         if local.is_dir() and (local / "dataset_info.json").is_file():

@@ -80,6 +80,7 @@ def test_off_a_terminal_a_line_now_and_then_says_where_the_run_is(run: Run, monk
     assert [line.split(",")[0] for line in lines] == ["step 1 of 2", "step 2 of 2"]
     assert all("tokens a second" in line and line.endswith(" s left") for line in lines)
     assert "org/a: 10 examples, org/tiny on cpu in fp32" in err
+    assert "org/a: 2 steps of 4 rows came to 8 of the 10 examples: the adapter states 8" in err
     assert "\x1b" not in err
 
 
@@ -129,14 +130,26 @@ def test_a_taken_output_is_exit_2_and_names_force(run: Run) -> None:
     assert run("--force")[0] == 0
 
 
-def test_a_hopeless_command_loads_no_torch(rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"--data": "gone.jsonl"}, 4),
+        ({"--data": "README.md"}, 2),
+        ({"--base": "gone"}, 4),
+        ({"--device": "gpu"}, 2),
+        ({"--client-id": "a b"}, 2),
+    ],
+)
+def test_a_hopeless_command_loads_no_torch(changes: dict[str, str], ends: int, rows: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom lora_merge.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
     )
-    arguments = ["train", "laptop", "--data", "gone.jsonl", "--client-id", "org/a", "--output", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    assert done.stdout == "4 False\n"
+    (tmp_path / "README.md").touch()
+    options = {"--data": str(rows), "--client-id": "org/a", "--output": "out"} | changes
+    command = [sys.executable, "-c", code, "train", "laptop", *(text for pair in options.items() for text in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"{ends} False\n"
 
 
 def test_ctrl_c_is_exit_130_says_how_to_go_on_and_resume_does(

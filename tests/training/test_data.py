@@ -94,11 +94,15 @@ def test_a_wrong_row_is_named_by_its_line(line: str | bytes, reason: str, tmp_pa
     assert reason in problem.reason
 
 
-def test_all_wrong_rows_are_told_in_order_up_to_twenty(tmp_path: Path) -> None:
+def test_all_wrong_rows_are_told_in_order_and_counted_once(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
-        read_rows(write(tmp_path / "rows.jsonl", ["{}"] * 120))
-    assert [problem.field for problem in caught.value.problems] == [f"line {n}" for n in range(1, 21)]
-    assert caught.value.hint == "100 more rows are wrong."
+        read_rows(write(tmp_path / "rows.jsonl", ["{}"] * 120 + ["{"]))
+    assert [problem.field for problem in caught.value.problems] == [f"line {n}" for n in range(1, 122)]
+    lead, alike, other = caught.value.message.splitlines()
+    assert lead == "121 problems in 1 input:"
+    assert alike.startswith("  rows.jsonl: line 1 and 119 more: must hold one of ")
+    assert other.startswith("  rows.jsonl: line 121: not JSON")
+    assert caught.value.hint == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"[]"])
@@ -129,6 +133,13 @@ def test_another_format_without_datasets_names_the_extra(tmp_path: Path, monkeyp
     with pytest.raises(UsageError) as caught:
         read_rows(tmp_path / "rows.parquet")
     assert caught.value.hint == "pip install 'lora-merge[data]'"
+
+
+def test_a_file_of_no_known_form_is_refused_by_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "rows.txt").write_text("a", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"rows\.txt is of no form that is read: .*\.jsonl, .*\.csv"):
+        read_rows(tmp_path / "rows.txt")
 
 
 def test_parquet_and_csv_are_read_where_datasets_is_installed(tmp_path: Path) -> None:
