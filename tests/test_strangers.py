@@ -48,10 +48,13 @@ def test_a_claimed_id_is_its_repositorys(hub: LocalHub, told: Told) -> None:
     publish(hub, 2)
     hub.create("evil/any", adapter("org/client-1", num_examples=9, seed=9))
     arguments = ("aggregate", "org/client-*", "evil/any", "-o", "global")
-    (problem,) = told(*arguments, code=3)["error"]["problems"]
+    error = told(*arguments, code=3)["error"]
+    (problem,) = error["problems"]
     assert (problem["client"], problem["field"]) == ("evil/any", "client_id")
-    merged = told(*arguments, "--skip-rejected")
-    assert [each["source"] for each in merged["contributions"]] == ["org/client-0", "org/client-1"]
+    assert "--exclude evil/any." in error["hint"]
+    for way in (["--skip-rejected"], ["--exclude", "evil/any", "--force"]):
+        merged = told(*arguments, *way)
+        assert [each["source"] for each in merged["contributions"]] == ["org/client-0", "org/client-1"]
 
 
 def test_inspect_names_what_it_read_and_flags_a_borrowed_id(hub: LocalHub, told: Told) -> None:

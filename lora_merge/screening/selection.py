@@ -1,5 +1,6 @@
 """Who takes part in a merge: exclusions, allow-lists, claimed ids. Everybody left out is named with the reason."""
 
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from lora_merge.screening.stops import Screening
 from lora_merge.sources.reference import AdapterRef, Candidate
 
 LONGEST_REASON = 400  # characters; a ledger takes short texts
+FEW = 3  # refused ones that a hint names
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Selection:
         others: how many take part in any case, since they are in already.
         gone: every name that those who are left out go by.
         problems: why the refused are.
+        hints: what the user may do about that, each once.
     """
 
     screening: Screening
@@ -28,15 +31,19 @@ class Selection:
     left_out: list[LeftOut] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    hints: dict[str, None] = field(default_factory=dict)
 
     def leave_out(self, ref: AdapterRef, reason: str, client: str | None = None) -> None:
         """Name an adapter that is not merged, by the user's own choice."""
         self.gone |= {ref.source, ref.place, ref.given, client or ref.source}
         self.left_out.append(LeftOut(one_line(ref.source)[:LONGEST_REASON], one_line(reason)[:LONGEST_REASON]))
 
-    def refuse(self, ref: AdapterRef, problems: Sequence[Problem], client: str | None = None) -> None:
+    def refuse(
+        self, ref: AdapterRef, problems: Sequence[Problem], client: str | None = None, *, hint: str = ""
+    ) -> None:
         """Name an adapter that is not merged, since something is wrong with it."""
         self.problems += problems
+        self.hints |= {hint: None} if hint else {}
         reasons = "; ".join(f"{problem.field}: {problem.reason}" for problem in sorted(set(problems)))
         self.leave_out(ref, reasons, client)
 
@@ -49,8 +56,10 @@ class Selection:
         """Raise `RefusedError` with all that was refused so far, unless others remain and may go on without them."""
         goes_on = remaining + self.others > 0
         if self.problems and not (self.screening.skip_rejected and goes_on):
-            hint = "To merge the others without them: --skip-rejected." if goes_on else ""
-            raise RefusedError(self.problems, hint=hint)
+            gone = sorted({problem.client for problem in self.problems})
+            who = ", ".join(gone) if len(gone) <= FEW else f"these {len(gone)}"
+            skip = [f"To merge the others without {who}: --skip-rejected."] if goes_on else []
+            raise RefusedError(self.problems, hint=" ".join([*self.hints, *skip]))
 
 
 def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]:
@@ -145,9 +154,19 @@ def _owner(client: str, claims: Sequence[Candidate], selection: Selection) -> Ca
     if len(claims) == 1:
         return claims[0]
     owner = next((each for each in claims if each.ref.commit and each.ref.source == client), None)
+    hint = _way_past(client, [each.ref.source for each in claims if each is not owner], is_owned=owner is not None)
     for each in claims:
         if each is not owner:
             others = ", ".join(other.ref.place for other in claims if other is not each)
             problem = Problem(each.ref.source, "client_id", f"{client} is claimed by {others} too")
-            selection.refuse(each.ref, [problem])
+            selection.refuse(each.ref, [problem], hint=hint)
     return owner
+
+
+def _way_past(client: str, sources: Sequence[str], *, is_owned: bool) -> str:
+    """How to exclude `sources` that claim an id: those that an exclusion would not take for the id itself."""
+    exclude = ", ".join(f"--exclude {shlex.quote(each)}" for each in sources if not _matching([each], [client]))
+    if not exclude:
+        return ""
+    aim = "leave out who else claims it" if is_owned else "keep one that claims it, leave out the others"
+    return f"{client}: to {aim}: {exclude}."

@@ -1,6 +1,7 @@
 """What stops a merge of strangers' adapters, what the user can do about it, and what is written down of that."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,25 @@ def test_two_sources_that_claim_one_id_are_both_refused(lora_merge: Run, tmp_pat
     assert "d: client_id: org/a is claimed by a too" in err
     assert lora_merge("aggregate", "[abcd]", "-o", "global", "--skip-rejected")[0] == 0
     assert list(weights()) == ["org/b", "org/c"]  # nobody knows whose it is
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize(
+    ("claimed", "ways"),
+    [("org/a", ["--exclude a", "--exclude d"]), ("a", ["--exclude d"])],  # --exclude a leaves out whoever claims `a`
+)
+def test_who_claims_an_id_too_is_excluded_as_the_hint_says(
+    claimed: str, ways: list[str], lora_merge: Run, tmp_path: Path
+) -> None:
+    for name in "ad":
+        statement = tmp_path / name / "lora_merge.json"
+        statement.write_text(statement.read_text().replace(f"org/{name}", claimed))
+    err = lora_merge("aggregate", "[abcd]", "-o", "global")[2]
+    assert re.findall(r"--exclude \w", err) == ways
+    assert "To merge the others without a, d: --skip-rejected." in err
+    for way in ways:
+        assert lora_merge("aggregate", "[abcd]", "-o", "global", "--force", *way.split())[0] == 0
+        assert sorted(weights()) == sorted(["org/b", "org/c", claimed])
 
 
 def test_a_strangers_name_reaches_neither_the_terminal_nor_the_ledger_as_it_is(lora_merge: Run, tmp_path: Path) -> None:
