@@ -44,7 +44,7 @@ def claims_of(client: Description) -> dict[str, Any]:
 
 
 def descriptions_of(contributions: Iterable[Contribution]) -> dict[str, Description]:
-    """Each client as its claims describe it, without its shapes, by id.
+    """Each client as its claims describe it, by id: without its shapes, and without its own id and count.
 
     Raises:
         ClaimsError: somebody's claims are malformed.
@@ -53,10 +53,8 @@ def descriptions_of(contributions: Iterable[Contribution]) -> dict[str, Descript
     last: Contribution | None = None
     for each in contributions:
         if last is None or (each.claims, each.recipe) != (last.claims, last.recipe):  # neighbours mostly claim the same
-            (config, stated), last = _claimed(each), each
-        own = {"client_id": each.client_id, "num_examples": each.num_examples}
-        statement = Statement(**{**vars(stated), **own}) if stated else None
-        found[each.client_id] = Description(config, statement, Updates())
+            claimed, last = Description(*_claimed(each), Updates()), each
+        found[each.client_id] = claimed
     return found
 
 

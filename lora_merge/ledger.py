@@ -169,7 +169,7 @@ def _lines(value: Any) -> str:
     return _compact(value)
 
 
-_compact = json.JSONEncoder(default=vars, allow_nan=False).encode
+_compact = json.JSONEncoder(default=vars, allow_nan=False, check_circular=False).encode  # what was read is a tree
 
 
 def _error(part: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
-"""The form of a ledger's entries: one strict reading for each kind of value. What is wrong is named by where it stands.
+"""The form of a ledger's and a lock's entries: one strict reading a kind of value. What is wrong is named by its place.
 
-A ledger may have thousands of contributions, so a place is put into words only where something is wrong there.
+They may have thousands of contributions, so a place is put into words only where something is wrong there.
 """
 
 import math

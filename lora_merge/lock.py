@@ -5,23 +5,21 @@ Canonical JSON (sorted keys, no spaces, ASCII): the same merge gives the same lo
 """
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from lora_merge import ledger_form as form
 from lora_merge.errors import Malformed
+from lora_merge.ledger_form import LedgerError
 
 FILE_NAME = "lora-merge.lock"
 SIGNATURE_NAME = f"{FILE_NAME}.sig"  # what ssh-keygen calls it
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 24
 
-_TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -72,28 +70,18 @@ class Lock:
         Raises:
             LockError: an entry is missing, unknown, or of a wrong form.
         """
-        _entries("lock", {"folded": [], **data}, {"schema_version"} | {field.name for field in fields(cls)})
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise LockError("schema_version", f"must be {SCHEMA_VERSION}, is {str(data['schema_version'])[:40]}")
-        inputs = data["inputs"]
-        if not isinstance(inputs, list) or not inputs:
-            raise LockError("inputs", "must be a list of one or more")
-        read = [_input(f"inputs[{number}]", entry) for number, entry in enumerate(inputs)]
-        clients = Counter(entry.client_id for entry in read)
+        if (version := data.get("schema_version")) != SCHEMA_VERSION:
+            raise LockError("schema_version", f"must be {SCHEMA_VERSION}, is {str(version)[:40]}")
+        try:
+            lock = form.entries_of(cls, {key: value for key, value in data.items() if key != "schema_version"}, _FORMS)
+        except LedgerError as error:
+            raise LockError(error.field, error.reason) from None
+        clients = Counter(entry.client_id for entry in lock.inputs)
         if twice := [client for client, count in clients.items() if count > 1]:
             raise LockError("inputs", f"name {twice[0]} twice")
-        return cls(
-            inputs=read,
-            method=_text("method", data["method"]),
-            options=_mapping("options", data["options"]),
-            global_lr=_number("global_lr", data["global_lr"]),
-            weighting=_text("weighting", data["weighting"]),
-            dtype=_text("dtype", data["dtype"]),
-            base_model=None if data["base_model"] is None else _text("base_model", data["base_model"]),
-            environment=_texts("environment", data["environment"]),
-            versions=_texts("versions", data["versions"]),
-            folded=_groups(data["folded"], clients.keys()) if "folded" in data else (),
-        )
+        if "folded" in data and Counter(client for group in lock.folded for client in group) != clients:
+            raise LockError("folded", "must name every input once")
+        return lock
 
     def differences(self, other: "Lock") -> list[str]:
         """What a merge by `other` would do otherwise: inputs and settings, not where it runs."""
@@ -115,65 +103,50 @@ class Lock:
         return found
 
 
-_OF_AN_INPUT = {field.name for field in fields(LockedInput)}
+def _inputs(value: Any) -> list[LockedInput]:
+    if not form.listed(value):
+        raise LedgerError("", "must be a list of one or more")
+    return form.items(_input)(value)
 
 
-def _input(name: str, data: Any) -> LockedInput:
-    _entries(name, data, _OF_AN_INPUT)
-    commit = data["commit"]
-    if commit is not None and not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
-        raise LockError(f"{name}.commit", "must be 40 hexadecimal digits or null")
-    files = _mapping(f"{name}.files", data["files"])
-    if not files or not all(map(_FILE.fullmatch, files)) or not all(map(_is_sha256, files.values())):
-        raise LockError(f"{name}.files", "must be file names and their sha256")
-    return LockedInput(
-        client_id=_text(f"{name}.client_id", data["client_id"]),
-        source=_text(f"{name}.source", data["source"]),
-        commit=commit,
-        files=dict(files),
-        weight=_number(f"{name}.weight", data["weight"]),
-    )
+def _input(value: Any) -> LockedInput:
+    return form.entries_of(LockedInput, value, _OF_AN_INPUT)
 
 
-def _groups(value: Any, clients: Collection[str]) -> list[list[str]]:
-    """The groups of `folded`, which name each input once; a lock of one merge leaves the entry out."""
-    if not isinstance(value, list) or not value or not all(isinstance(group, list) and group for group in value):
-        raise LockError("folded", "must be a list of lists of client ids")
-    found = [_text("folded", client) for group in value for client in group]
-    if len(found) != len(clients) or set(found) != set(clients):
-        raise LockError("folded", "must name every input once")
-    return [list(group) for group in value]
+def _files(value: Any) -> dict[str, str]:
+    found = _hashes(value)
+    if not found or not all(map(_FILE.fullmatch, found)):
+        raise LedgerError("", "must be file names and their sha256")
+    return found
 
 
-def _entries(name: str, data: Any, expected: set[str]) -> None:
-    if not isinstance(data, dict):
-        raise LockError(name, "must be an object")
-    if data.keys() != expected:
-        wrong = sorted(set(data) ^ expected)[0]
-        raise LockError(f"{name}.{wrong[:100]}", "unknown entry" if wrong in data else "is missing")
+def _texts(value: Any) -> dict[str, str]:
+    return {form.text(name): entry for name, entry in form.values(form.text)(value).items()}
 
 
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise LockError(name, "must be an object")
-    return value
+def _group(value: Any) -> list[str]:
+    if not form.listed(value):
+        raise LedgerError("", "must be a list of client ids")
+    return form.items(form.text)(value)
 
 
-def _texts(name: str, value: Any) -> Mapping[str, str]:
-    return {_text(name, key): _text(f"{name}.{key[:100]}", text) for key, text in _mapping(name, value).items()}
-
-
-def _text(name: str, value: Any) -> str:
-    if not (isinstance(value, str) and _TEXT.fullmatch(value)):
-        raise LockError(name, "must be a short text")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise LockError(name, "must be a finite number from 0 up")
-    return float(value)
-
-
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+_hashes = form.values(form.sha256)
+_OF_AN_INPUT: dict[str, form.Form[Any]] = {
+    "client_id": form.text,
+    "source": form.text,
+    "commit": form.or_null(form.commit),
+    "files": _files,
+    "weight": form.number,
+}
+_FORMS: dict[str, form.Form[Any]] = {
+    "inputs": _inputs,
+    "method": form.text,
+    "options": form.mapping,
+    "global_lr": form.number,
+    "weighting": form.text,
+    "dtype": form.text,
+    "base_model": form.or_null(form.text),
+    "environment": _texts,
+    "versions": _texts,
+    "folded": form.items(_group),
+}

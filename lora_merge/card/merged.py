@@ -7,6 +7,7 @@ from lora_merge.card.words import cell, sentence
 from lora_merge.ledger import Contribution, Ledger
 
 MAX_LINES = 40
+MAX_CLIENTS = 100  # of the table: nobody reads a thousand rows, which a fold would write anew for each arrival
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,17 @@ def _robust(ledger: Ledger) -> Iterator[str]:
 
 
 def contribution_lines(ledger: Ledger) -> Iterator[str]:
-    """The table of the clients, with the hash of each one\'s weights."""
+    """The table of the clients, with the hash of each one\'s weights; of very many, of the first ones by id."""
     yield "| client | adapter | examples | share | sha256 of the weights |"
     yield "| --- | --- | ---: | ---: | --- |"
-    for contribution in ledger.contributions:
+    for contribution in ledger.contributions[:MAX_CLIENTS]:
         examples = "not stated" if contribution.num_examples is None else str(contribution.num_examples)
         digest = contribution.sha256.get("adapter_model.safetensors", "")[:16]
         cells = (cell(contribution.client_id), origin(contribution), examples, f"{contribution.share:.4f}")
         yield f"| {' | '.join(cells)} | `{digest}…` |"
+    if (more := len(ledger.contributions) - MAX_CLIENTS) > 0:
+        yield ""
+        yield f"And {more} more, in aggregation.json."
 
 
 def screening_lines(ledger: Ledger) -> Iterator[str]:
@@ -95,9 +99,10 @@ def reproduction_lines(ledger: Ledger, place: Place) -> Iterator[str]:
     yield from [f"lora-merge verify {place.repo or 'FOLDER'}"] if place.has_lock else [_command(ledger)]
     yield "```"
     yield ""
-    folders = sum(origin(contribution) == "a folder" for contribution in ledger.contributions)
+    folders = sum(contribution.commit is None for contribution in ledger.contributions)
     if folders:
-        yield f"It takes {folders} of the {len(ledger.contributions)} adapters from folders: their hashes are above."
+        where = "above" if len(ledger.contributions) <= MAX_CLIENTS else "in aggregation.json"
+        yield f"It takes {folders} of the {len(ledger.contributions)} adapters from folders: their hashes are {where}."
         yield ""
     if place.private_inputs:
         yield private_inputs(place.private_inputs, len(ledger.contributions))

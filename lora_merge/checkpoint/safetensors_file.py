@@ -15,6 +15,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,10 +177,10 @@ def parse_json(text: bytes, field: str) -> dict[str, Any]:
 
 
 def _is_deep(data: object) -> bool:
-    level = [data]
+    level: list[Any] = [data]
     for _ in range(MAX_DEPTH):
         values = [value.values() if type(value) is dict else value for value in level]
-        level = [item for items in values for item in items if type(item) in (dict, list)]  # type: ignore[attr-defined]
+        level = [item for item in chain.from_iterable(values) if type(item) is dict or type(item) is list]
     return bool(level)
 
 

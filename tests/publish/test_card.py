@@ -142,3 +142,12 @@ def test_the_hub_accepts_it(
     text = card(prepare(request.getfixturevalue(which), "org/x", evaluation=evaluation))
     publisher.run("hf.ModelCard(text).validate()", text=text)
     assert len(hub.calls("POST /api/validate-yaml")) == 1
+
+
+def test_a_card_of_very_many_clients_names_a_hundred(ledger: Ledger) -> None:
+    one = dataclasses.replace(ledger.contributions[0], commit=None)
+    many = [dataclasses.replace(one, client_id=f"org/client-{number:04}") for number in range(1000)]
+    text = written(dataclasses.replace(ledger, contributions=many), has_lock=True)
+    assert text.count("| org/client-") == 100
+    assert "And 900 more, in aggregation.json." in text
+    assert "1000 of the 1000 adapters from folders: their hashes are in aggregation.json." in text
