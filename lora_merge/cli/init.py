@@ -7,7 +7,7 @@ import typer
 
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.push import PrivateOption, RepoArgument, target_of
-from lora_merge.cli.recipes import recipe_names
+from lora_merge.cli.recipes import SetOption, recipe_names
 from lora_merge.cli.train import quieten
 from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
@@ -22,7 +22,7 @@ def init(
         str,
         typer.Option(help="A shipped recipe's name, or the path of a YAML file.", autocompletion=recipe_names),
     ],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    set_: SetOption = None,
     base: Annotated[
         Path | None, typer.Option(help="A folder with the base model, where it is not to be looked up on the Hub.")
     ] = None,

@@ -4,7 +4,7 @@ import atexit
 import gc
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,17 +51,18 @@ def lora_merge(
         load_defaults(context)
 
 
-app.command()(train)
-app.command()(check)
-app.command()(inspect)
-app.command()(aggregate)
-app.command()(watch)
-app.command()(demo)
-app.command()(verify)
-app.command()(evaluate)
-app.command()(export)
-app.command()(init)
-app.command()(push)
+# What each is listed as by `lora-merge --help`: a line of 80 columns, where typer would cut the first sentence.
+app.command(short_help="Fine-tune one client's adapter by a recipe that all share.")(train)
+app.command(short_help="Say what push and aggregate would say of one adapter.")(check)
+app.command(short_help="Look at adapters before merging: norms, cosines, copies.")(inspect)
+app.command(short_help="Merge adapters into one global adapter; or add late ones.")(aggregate)
+app.command(short_help="Bring in each client's update as it appears.")(watch)
+app.command(short_help="The whole loop on this machine, with a small model.")(demo)
+app.command(short_help="Make a published merge again from its inputs, and compare.")(verify)
+app.command(short_help="Base, locals and global side by side, on held-out rows.")(evaluate)
+app.command(short_help="Write the base model with the adapter merged in.")(export)
+app.command(short_help="Publish what all clients of a federation share.")(init)
+app.command(short_help="Publish an adapter folder on the Hub, in one commit.")(push)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -99,9 +100,8 @@ def _run() -> int:
         # The parser's own errors carry `format_message`; a command reports its errors itself.
         if not hasattr(error, "format_message"):
             raise
-        message = error.format_message().replace("Value error, ", "")
-        where = getattr(getattr(error, "ctx", None), "command_path", "lora-merge")
-        hint = set_elsewhere(message) or f"{where} --help"
+        message = _sentence(error)
+        hint = set_elsewhere(message) or _way_on(error)
         if "--json" in sys.argv:
             record = {"code": 2, "message": message, "hint": hint}
             print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
@@ -110,3 +110,23 @@ def _run() -> int:
         elif message:  # or, of an older typer, empty: it was printed already
             Output().usage_error(message, hint)
         return 2
+
+
+def _sentence(error: Any) -> str:
+    """What is wrong with the command line. Of a wrong value a newer typer has but the words of pydantic."""
+    message = str(error.format_message()).replace("Value error, ", "")
+    message = message.replace("Value must be an iterable.", "must be a list.")
+    if not hasattr(error.__cause__, "errors") or "Input should be " not in message:
+        return message
+    option, must = message.removeprefix("Invalid value for ").split(": Input should be ", 1)
+    option, must, given = option.strip("'"), must.partition(", ")[0], error.__cause__.errors()[0]["input"]
+    return f"{option} must be {must}, is {given!r}."
+
+
+def _way_on(error: Any) -> str:
+    """Where to look; or, of an option that a command has and stands before it, where it belongs."""
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    where = getattr(context, "command_path", "lora-merge")
+    if option and hasattr(getattr(context, "command", None), "commands"):
+        return f"An option goes after the command that it is of: {where} COMMAND … {option}. {where} --help"
+    return f"{where} --help"

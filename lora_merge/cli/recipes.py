@@ -26,6 +26,14 @@ NameArgument = Annotated[
     str,
     typer.Argument(help="A shipped recipe's name; or, to look at your own, a YAML path.", autocompletion=recipe_names),
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting of the recipe; `lora-merge recipes show RECIPE` lists them.",
+    ),
+]
 
 
 @recipes_app.command("list")
@@ -57,7 +65,7 @@ def show(
 
         loaded = load(name)
         text = loaded.path.read_text(encoding="utf-8").rstrip()
-        out.result(_record(loaded), made=loaded.digest, show=lambda: plain(f"{text}\n\n# digest {loaded.digest}"))
+        out.result(_record(loaded), made=text.split("\n"), show=lambda: plain(f"{text}\n\n# digest {loaded.digest}"))
 
 
 @recipes_app.command()

@@ -18,7 +18,7 @@ from lora_merge.cli.push import (
     push_record,
     push_summary,
 )
-from lora_merge.cli.recipes import recipe_names
+from lora_merge.cli.recipes import SetOption, recipe_names
 from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
@@ -44,7 +44,7 @@ def train(
     client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME, or a NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to make.")],
     base: Annotated[Path | None, typer.Option(help="A folder with the weights of the recipe's base model.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")] = None,
+    set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already there.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",

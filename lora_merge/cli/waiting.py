@@ -5,5 +5,5 @@ from typing import Annotated, TypeAlias
 import typer
 
 MaxWaitOption: TypeAlias = Annotated[
-    float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together; of a watch, at each look.")
+    float, typer.Option(min=0, help="Seconds to wait for a busy Hub, all waits together.")
 ]

@@ -22,7 +22,6 @@ from lora_merge.cli.screening import (
 from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.cli.sources import require_no_standard_input, sources_of
 from lora_merge.cli.tally import Tally, end, show
-from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.errors import UsageError
 from lora_merge.hub.waiting import MAX_WAIT
 
@@ -90,7 +89,7 @@ def watch(
     drop_duplicates: DropDuplicatesOption = False,
     exclude: ExcludeOption = None,
     private: PrivateOption = None,
-    max_wait: MaxWaitOption = MAX_WAIT,
+    max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, at each look.")] = MAX_WAIT,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,

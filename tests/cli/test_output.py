@@ -260,3 +260,27 @@ def test_a_bare_command_prints_its_help_as_it_is(capsys: Captured, monkeypatch: 
         assert shown.startswith("Usage: ")
         assert "\n\nOptions:\n" in shown
         assert "error:" not in shown
+
+
+def test_the_list_of_commands_is_cut_nowhere_at_eighty_columns(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["lora-merge", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    listed = capsys.readouterr().out.split("Commands:\n")[1].splitlines()
+    assert len(listed) == 12
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
+
+
+def test_an_option_before_its_command_is_told_where_it_goes(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command, way in (
+        (["-q", "aggregate", "a"], "lora-merge COMMAND … -q. "),
+        (["recipes", "--debug", "list"], "lora-merge recipes COMMAND … --debug. "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lora-merge", *command])
+        with pytest.raises(SystemExit):
+            main()
+        out, err = capsys.readouterr()
+        assert f"An option goes after the command that it is of: {way}" in out + err

@@ -59,6 +59,7 @@ def test_show_prints_the_file_itself_and_its_digest(run: Run) -> None:
     assert code == 0
     assert out == f"{find('laptop').read_text(encoding='utf-8').rstrip()}\n\n# digest {load('laptop').digest}\n"
     assert parsed(run("show", "laptop", "--json")[1])["settings"]["steps"] == 24
+    assert run("show", "laptop", "-q")[1] == find("laptop").read_text(encoding="utf-8").rstrip() + "\n"
 
 
 def test_copy_makes_the_files_and_refuses_to_overwrite(run: Run, tmp_path: Path) -> None:

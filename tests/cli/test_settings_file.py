@@ -121,6 +121,18 @@ def test_a_wrong_value_is_traced_to_where_it_was_set(
     assert "--max-wait is set by LORA_MERGE_AGGREGATE_MAX_WAIT" in err
 
 
+@pytest.mark.parametrize(("line", "value"), [('workers = "two"', "'two'"), ("workers = [1, 2]", "[1, 2]")])
+def test_a_value_of_a_wrong_kind_is_told_in_a_sentence(line: str, value: str, here: Path, lora_merge: Run) -> None:
+    (here / "lora-merge.toml").write_text(f"[aggregate]\n{line}\n")
+    code, _, err = lora_merge("aggregate", "a", "-o", "global")
+    assert code == 2
+    assert err.splitlines()[1] == "hint: --workers is set by lora-merge.toml"
+    assert "--workers" in err
+    assert value in err
+    for words in ("Input", "parse", "unable", "Value error"):
+        assert words not in err
+
+
 def test_what_belongs_to_another_method_does_not_outlive_a_method_that_is_typed(here: Path, lora_merge: Run) -> None:
     client(here / "a")
     (here / "lora-merge.toml").write_text('[aggregate]\nmethod = "svd"\nrank = "1"\nweights = "uniform"\n')
