@@ -15,14 +15,14 @@ from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.measuring import copies, read_all
-from lora_merge.screening.selection import Selection, by_client_id, listed, require_exclusions_used
+from lora_merge.screening.selection import Selection, by_client_id, clients_among, listed, require_exclusions_used
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import weighed
 from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
 from lora_merge.sources.rooms import Rooms, open_rooms
 
 FILES_BESIDE = 200  # sockets, caches, libraries
-UNSCREENED = Screening(allow_dominant=True, allow_outliers=True)
+UNSCREENED = Screening(allow_dominant=True, allow_outliers=True, allow_merged=True)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Accepted:
         refs: where each came from.
         weights: n of each.
         notes: what the user should know of how the sources were read.
+        passed_over: those of them that say what a pattern matched and did not take.
         weighting: how the weights were come by, in a word.
         left_out: who was named and is not here, and why.
         waved_through: what would have stopped the merge, had the user not allowed it.
@@ -58,6 +59,7 @@ class Accepted:
     refs: Mapping[str, AdapterRef]
     weights: Mapping[str, float]
     notes: Sequence[str]
+    passed_over: Sequence[str] = ()
     weighting: str = "given"
     left_out: Sequence[LeftOut] = ()
     waved_through: Sequence[str] = ()
@@ -131,6 +133,7 @@ def _accepted(
         refs={client: candidate.ref for client, candidate in candidates.items()},
         weights=found.n,
         notes=[*notes, *_other_names(candidates), *selection.notes],
+        passed_over=notes,
         weighting=found.weighting,
         left_out=sorted(selection.left_out),
         waved_through=found.waved_through,
@@ -175,7 +178,7 @@ def candidates_of(
     """
     candidates = rooms.examine(listed(refs, selection), selection.refuse)
     require_exclusions_used(refs, candidates, selection.screening.exclude, known)
-    found = _agreeing(by_client_id(candidates, selection), selection)
+    found = _agreeing(by_client_id(clients_among(candidates, selection), selection), selection)
     selection.require(len(found))
     return found
 

@@ -55,8 +55,10 @@ def _table(found: "Checked", verdict: str) -> "Table":
 def _rows(found: "Checked", verdict: str) -> Iterator[tuple[str, str]]:
     yield "verdict", verdict
     yield "adapter", f"{found.source}@{found.commit}" if found.commit else found.source
+    merged = f"of {found.merged_of} client{'s' * (found.merged_of != 1)}; others come in by --onto"
     facts = {
         "client": found.client_id,
+        "merged adapter": None if found.merged_of is None else merged,
         "examples": found.num_examples,
         "base model": found.base_model,
         "modules": found.modules,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_merge.aggregation.weights import Weights
-from lora_merge.checkpoint.peft_folder import LEDGER_NAME, PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import PeftFolder, open_folder
 from lora_merge.errors import NotFoundError, Problem, UsageError
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients
 from lora_merge.ledger import Contribution, Ledger
@@ -206,11 +206,6 @@ def _require_counts(candidates: Mapping[str, Candidate]) -> None:
         statement = candidate.description.statement
         if statement is not None and statement.num_examples is not None:
             continue
-        if LEDGER_NAME in candidate.files:
-            raise UsageError(
-                f"{client} is itself a merged adapter: it has the {LEDGER_NAME} of its clients, and no num_examples.",
-                hint="Fold in its clients, each on its own.",
-            )
         raise UsageError(
             f"{client} states no num_examples, by which those who are in are weighted.",
             hint=f"Let its {STATEMENT_NAME} state it, or merge all clients anew without --onto, with --weights.",

@@ -137,6 +137,15 @@ def ledger_in(folder: Path, place: str) -> Ledger:
         raise RefusedError([Problem(place, error.field, error.reason)]) from error
 
 
+def clients_in(folder: Path, place: str) -> int | None:
+    """How many clients the adapter in `folder` was merged of; None where it is a client's own.
+
+    Raises:
+        RefusedError: its ledger is malformed.
+    """
+    return len(ledger_in(folder, place).contributions) if (folder / LEDGER_NAME).exists() else None
+
+
 def _lock(folder: Path, place: str) -> Lock:
     if not (folder / LOCK_NAME).is_file():
         raise RefusedError([Problem(place, LOCK_NAME, "is not there, so nobody can tell what it was made of")])

@@ -14,6 +14,7 @@ from lora_merge.aggregation.sketch import Sketched
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.peft_folder import FolderRefused, PeftFolder, open_folder
 from lora_merge.errors import Problem, Refusals, RefusedError, UsageError, one_line
+from lora_merge.folding.global_adapter import clients_in
 from lora_merge.intake import Reading
 from lora_merge.publish.files import left_out
 from lora_merge.publish.prepare import Prepared, prepare
@@ -40,6 +41,7 @@ class Checked:
     """One adapter as others would see it; None where it could not be read so far.
 
     Attributes:
+        merged_of: how many clients it was merged of; None of a client's own adapter.
         norm: of its update, as far as it has a size without the base model.
         left_out: files beside it that push would not publish.
         hint: what to do about the refusals.
@@ -48,6 +50,7 @@ class Checked:
     source: str
     commit: str | None
     client_id: str | None = None
+    merged_of: int | None = None
     num_examples: int | None = None
     base_model: str | None = None
     modules: int | None = None
@@ -144,6 +147,7 @@ def _with_facts(found: Checked, adapter: PeftFolder, sketched: Sketched) -> Chec
     found = replace(
         found,
         client_id=stated.client_id if stated else None,
+        merged_of=clients_in(adapter.folder, found.source),
         num_examples=stated.num_examples if stated else None,
         base_model=adapter.config.base_model,
         modules=len(adapter.specs),
@@ -153,11 +157,11 @@ def _with_facts(found: Checked, adapter: PeftFolder, sketched: Sketched) -> Chec
 
 
 def _claims(found: Checked) -> Iterator[str]:
-    if found.client_id is None:
+    if found.client_id is None and found.merged_of is None:
         yield "it has no lora_merge.json: in a merge it goes by where it lies."
-    elif found.commit and found.client_id != found.source:
+    elif found.commit and found.client_id not in (None, found.source):
         yield f"it states the client id {found.client_id}, and lies in {found.source}."
-    if found.num_examples is None:
+    if found.num_examples is None and found.merged_of is None:
         yield "it states no num_examples: aggregate needs --weights for it."
     if found.base_model is None:
         yield "adapter_config.json names no base model, so nobody will know what this adapter belongs to."

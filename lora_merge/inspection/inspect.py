@@ -41,6 +41,7 @@ class Inspected:
     """One adapter.
 
     Attributes:
+        source: what a merge's record would call it; `place`: the folder's path, the repository or the URL.
         size: bytes of its weights.
         share: p, by its examples where every client states them, else the same for all.
         norm: |Delta| in the Frobenius norm over what is measured; None where nothing is.
@@ -54,6 +55,7 @@ class Inspected:
 
     client_id: str
     source: str
+    place: str
     commit: str | None
     base_model: str | None
     base_commit: str | None
@@ -112,7 +114,9 @@ def inspect(sources: Sequence[str | Path], *, screening: Screening, reading: Rea
         RefusedError: every adapter is refused.
         NetworkError: the Hub cannot be reached.
     """
-    going_on = Screening(allow_list=screening.allow_list, exclude=screening.exclude, skip_rejected=True)
+    going_on = Screening(
+        allow_list=screening.allow_list, exclude=screening.exclude, skip_rejected=True, allow_merged=True
+    )
     with accepted(sources, "uniform", reading, going_on) as inputs:
         spectra = {client: Spectra(folder) for client, folder in inputs.clients.items()}
         n = _weights(inputs)
@@ -140,7 +144,7 @@ def _weighed_alike(inputs: Accepted) -> str:
 def _warnings(inputs: Accepted) -> list[str]:
     alike = _weighed_alike(inputs)
     said = [f"{alike}: all weigh the same here; aggregate asks for --weights."] if alike else []
-    return [*said, *claim_warnings(inputs.clients)]
+    return [*inputs.passed_over, *said, *claim_warnings(inputs.clients)]
 
 
 def _part(federation: Federation, name: str) -> Tensor | None:
@@ -211,6 +215,7 @@ def _inspected(
     return Inspected(
         client_id=client,
         source=ref.source,
+        place=ref.place,
         commit=ref.commit,
         base_model=(stated.base_model.repo if stated else None) or folder.config.base_model,
         base_commit=stated.base_model.commit if stated else None,

@@ -6,6 +6,8 @@ from lora_merge.adapter import Client
 from lora_merge.aggregation.gram import Gram
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description
+from lora_merge.errors import RefusedError
+from lora_merge.folding.global_adapter import clients_in
 from lora_merge.intake import Accepted
 from lora_merge.screening.measuring import norms
 from lora_merge.screening.stops import dominant, identical, nearly_identical, outliers
@@ -31,7 +33,19 @@ def reasons_to_stop(inputs: Accepted, hashes: Mapping[str, str]) -> dict[str, li
     federation = Federation([Client(name, 1.0, each) for name, each in inputs.clients.items()], len(inputs.clients))
     whole = judged(federation, hashes, sizes)
     problems = [*outliers(sizes), *whole.problems, *dominant(counts_stated(inputs))]
-    return _by_client((problem.client, f"{problem.field} {problem.reason}") for problem in problems)
+    said = [(problem.client, f"{problem.field} {problem.reason}") for problem in problems]
+    return _by_client([*_merged(inputs), *said])
+
+
+def _merged(inputs: Accepted) -> Iterator[tuple[str, str]]:
+    """Those that are no clients' adapters."""
+    for client, folder in inputs.clients.items():
+        try:
+            count = clients_in(folder.folder, client)
+        except RefusedError as error:
+            yield from ((client, f"{problem.field} {problem.reason}") for problem in error.problems)
+        else:
+            yield from [] if count is None else [(client, f"is a merged adapter of {count} client{'s' * (count != 1)}")]
 
 
 def oddities(inputs: Accepted, found: Gram, hashes: Mapping[str, str]) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, one_line
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.stops import Screening
@@ -74,6 +75,21 @@ def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]
         else:
             taking_part.append(ref)
     return taking_part
+
+
+def clients_among(candidates: Sequence[Candidate], selection: Selection) -> list[Candidate]:
+    """Those that are clients' adapters: a merged one may hold the very clients that it would be merged with."""
+    if selection.screening.allow_merged:
+        return list(candidates)
+    clients = []
+    for candidate in candidates:
+        if LEDGER_NAME not in candidate.files:
+            clients.append(candidate)
+            continue
+        ref, reason = candidate.ref, "is that of a merged adapter, and only clients' adapters are merged"
+        hint = f"Name the clients of {ref.source} themselves; or bring others into it: --onto {shlex.quote(ref.place)}."
+        selection.refuse(ref, [Problem(ref.source, LEDGER_NAME, reason)], hint=hint)
+    return clients
 
 
 def by_client_id(candidates: Sequence[Candidate], selection: Selection) -> dict[str, Candidate]:

@@ -29,6 +29,7 @@ class Screening:
         exclude: sources or client ids, or patterns of them, that do not take part.
         drop_duplicates: of equal or nearly equal updates, keep the first by client id.
         skip_rejected: go on without the clients that are refused.
+        allow_merged: take a merged adapter as one more client, its own clients being none.
     """
 
     cap_examples: str | float | None = None
@@ -38,6 +39,7 @@ class Screening:
     exclude: Sequence[str] = ()
     drop_duplicates: bool = False
     skip_rejected: bool = False
+    allow_merged: bool = False
 
 
 SCREENED = Screening()

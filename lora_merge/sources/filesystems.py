@@ -5,13 +5,14 @@ Such places have no commits: what was listed must still be there when it is fetc
 
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_merge.checkpoint.peft_folder import PICKLE_NAME, READ_NAMES, WEIGHTS_NAME, FolderRefused, describe
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry, header_bytes, read_header
 from lora_merge.errors import LoraMergeError, NetworkError, NotFoundError, StorageError, UsageError, one_line
+from lora_merge.sources.patterns import clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
 CHUNK = 1 << 20
@@ -23,11 +24,13 @@ class FilesystemRoom:
     Attributes:
         store: a `scratch_folder`.
         stopped: ends a copy at its next bytes when it is set.
+        notes: what a pattern matched and did not take.
     """
 
     def __init__(self, store: Path, stopped: threading.Event) -> None:
         self.store: Path | None = store
         self.stopped = stopped
+        self.notes: list[str] = []
 
     def expand(self, source: str) -> list[AdapterRef]:
         """The folders that a URL names, or that match its pattern.
@@ -42,10 +45,19 @@ class FilesystemRoom:
             found = sorted(match for match in filesystem.glob(path) if filesystem.isdir(match))
             if not found and filesystem.isdir(path):
                 found = [path]
-        if not found:
-            raise NotFoundError(f"No folder matches {one_line(source)}.")
+            if not found:
+                raise NotFoundError(f"No folder matches {one_line(source)}.")
+            if path not in found:
+                found = self._clients(source, filesystem, found)
         urls = [str(filesystem.unstrip_protocol(match)).rstrip("/") for match in found]
         return [AdapterRef(one_line(url), source, url, room=self) for url in urls]
+
+    def _clients(self, source: str, filesystem: Any, found: Sequence[str]) -> list[str]:
+        """The clients' among the folders that a pattern matches."""
+        held = {str(match): [path.rpartition("/")[2] for path in filesystem.ls(match, detail=False)] for match in found}
+        clients, note = clients_of(source, held)
+        self.notes += [note] if note else []
+        return list(clients)
 
     def version(self, ref: AdapterRef) -> str:
         filesystem, folder = _open(ref.place)

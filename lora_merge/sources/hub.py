@@ -7,7 +7,7 @@ of an author, which counts once per thousand repositories, is already pinned.
 import difflib
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -33,11 +33,10 @@ from lora_merge.hub.client import endpoint, is_offline
 from lora_merge.hub.failures import asking
 from lora_merge.hub.ranges import read_range
 from lora_merge.sources.hub_cache import cached_entries, cached_file, fetch_file, hash_problem, remove_leftovers
+from lora_merge.sources.patterns import clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 from lora_merge.statement import FILE_NAME, MAX_BYTES
 
-# Files that a client's adapter does not have, and what does.
-NO_CLIENTS = {LEDGER_NAME: "a merged adapter", "lora_start.json": "a federation's recipe"}
 HEADER_GUESS = 1 << 17  # bytes: the header of most adapters fits
 LIMITS = {CONFIG_NAME: MAX_CONFIG_BYTES, FILE_NAME: MAX_BYTES, LEDGER_NAME: ledger.MAX_BYTES, LOCK_NAME: lock.MAX_BYTES}
 
@@ -147,46 +146,38 @@ class HubRoom:
             items = [item.item_id for item in self.api.get_collection(slug).items if item.item_type == "model"]
         if not items:
             raise NotFoundError(f"The collection {slug} holds no model.", hint=f"See {endpoint()}/collections/{slug}")
-        return [self._pinned(repo, None, given) for repo in sorted(items)]
+        refs = {repo: self._pinned(repo, None, given) for repo in sorted(items)}
+        infos = {repo: None if is_offline() else self._infos[repo, _commit(ref)] for repo, ref in refs.items()}
+        return [refs[repo] for repo in self._clients(given, {repo: _names(info) for repo, info in infos.items()})]
 
     def _matching(self, owner: str, pattern: str) -> dict[str, str]:
         """The owner's repositories that fit, with their heads."""
         if _WILD.search(owner):
             raise UsageError(f"{pattern}: the part before the slash must be one user or organisation.")
-        heads, others = self._listed(owner, pattern)
-        found = {repo: heads[repo] for repo in sorted(heads) if fnmatch.fnmatchcase(repo, pattern)}
-        if not found and is_offline():
+        heads, held = self._listed(owner, pattern)
+        fitting = [repo for repo in sorted(heads) if fnmatch.fnmatchcase(repo, pattern)]
+        if not fitting and is_offline():
             raise _needs_the_hub(pattern)
-        if not found:
+        if not fitting:
             raise NotFoundError(f"No repository matches {pattern}.", hint=self._near(owner, pattern, heads))
-        found = self._clients(found, others, pattern)
+        found = {repo: heads[repo] for repo in self._clients(pattern, {repo: held[repo] for repo in fitting})}
         if odd := [repo for repo, sha in found.items() if not _COMMIT.fullmatch(sha)]:
             raise NotFoundError(f"{', '.join(odd)}: there is no commit to read.")
         return found
 
-    def _listed(self, owner: str, pattern: str) -> tuple[dict[str, str], dict[str, str]]:
-        """The owner's repositories with their heads; and of those that hold no client's adapter, what they hold."""
+    def _listed(self, owner: str, pattern: str) -> tuple[dict[str, str], dict[str, set[str]]]:
+        """The owner's repositories with their heads, and the names of the files in each."""
         if is_offline():
-            return dict(self.pins), {}
+            return dict(self.pins), {repo: set() for repo in self.pins}
         literal = max(_WILD.split(pattern.partition("/")[2]), key=len)
         with asking(owner):  # the Hub's own search ignores case
             listed = list(self.api.list_models(author=owner, search=literal or None, expand=["sha", "siblings"]))
-            held = {model.id: {file.rfilename for file in model.siblings or []} for model in listed}
-            heads = {model.id: str(model.sha) for model in listed}
-        others = {repo: what for name, what in NO_CLIENTS.items() for repo in held if name in held[repo]}
-        return heads, others
+            return {model.id: str(model.sha) for model in listed}, {model.id: _names(model) for model in listed}
 
-    def _clients(self, found: Mapping[str, str], others: Mapping[str, str], pattern: str) -> dict[str, str]:
-        """What a pattern takes of what it matches: `org/*` would merge a federation's result with its parts."""
-        left = {what: [repo for repo in found if others.get(repo) == what] for what in NO_CLIENTS.values()}
-        said = [f"{', '.join(repos)} ({what})" for what, repos in left.items() if repos]
-        taken = {repo: sha for repo, sha in found.items() if repo not in others}
-        if not taken:
-            hint = "A pattern is for clients' adapters; name another repository by itself."
-            raise NotFoundError(f"{pattern} matches only {', '.join(said)}.", hint=hint)
-        if said:
-            self.notes.append(f"{pattern} leaves out {', '.join(said)}; named by itself, a repository is read.")
-        return taken
+    def _clients(self, source: str, held: Mapping[str, Collection[str]]) -> Sequence[str]:
+        clients, note = clients_of(source, held)
+        self.notes += [note] if note else []
+        return clients
 
     def _near(self, owner: str, pattern: str, heads: Mapping[str, str]) -> str:
         with asking(owner):
@@ -276,6 +267,11 @@ def _needs_the_hub(source: str) -> NetworkError:
         "Offline, name commits whose files are in the cache: ORG/NAME@COMMIT, or --lock FILE. Or: unset HF_HUB_OFFLINE"
     )
     return NetworkError(f"{one_line(source)} has to be looked up on the Hub, and HF_HUB_OFFLINE is set.", hint=hint)
+
+
+def _names(info: ModelInfo | None) -> set[str]:
+    """The names of a repository's files, as far as they are listed."""
+    return {file.rfilename for file in (info.siblings if info else None) or []}
 
 
 def _entry(sibling: RepoSibling) -> FileEntry:

@@ -9,13 +9,21 @@ from pathlib import Path
 
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, Description, open_folder
 from lora_merge.errors import NotFoundError, one_line
+from lora_merge.sources.patterns import NO_CLIENTS, clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
 
 class LocalRoom:
-    """This machine's folders as a place that adapters come from. They have no commits: their hashes are recorded."""
+    """This machine's folders as a place that adapters come from. They have no commits: their hashes are recorded.
+
+    Attributes:
+        notes: what a glob matched and did not take.
+    """
 
     store = None
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
     def expand(self, source: str) -> list[AdapterRef]:
         """The folders that `source` names: one, or those that a glob matches.
@@ -23,7 +31,7 @@ class LocalRoom:
         Raises:
             NotFoundError: there is none; with near misses.
         """
-        return [AdapterRef(one_line(folder.name), source, str(folder), room=self) for folder in _folders(source)]
+        return [AdapterRef(one_line(folder.name), source, str(folder), room=self) for folder in self._folders(source)]
 
     def version(self, ref: AdapterRef) -> str:
         found = [(name, _stat(Path(ref.place, name))) for name in READ_NAMES]
@@ -41,6 +49,21 @@ class LocalRoom:
     def missing_bytes(self, candidate: Candidate) -> int:
         return 0
 
+    def _folders(self, source: str) -> list[Path]:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            if not (path / CONFIG_NAME).exists() and any(path.glob(f"*/{CONFIG_NAME}")):
+                raise NotFoundError(f"{source} is a folder of adapters, not one.", hint=f"lora-merge … '{path}/*'")
+            return [path]
+        matches = [match for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_dir()]
+        if matches:
+            clients, note = clients_of(source, {match: _marks(Path(match)) for match in matches})
+            self.notes += [note] if note else []
+            return [Path(client) for client in clients]
+        if path.exists():
+            raise NotFoundError(f"{source} is a file; a source is the folder that holds adapter_config.json.")
+        raise NotFoundError(f"No folder matches {source}.", hint=near_misses(path))
+
 
 def is_folder(source: str) -> bool:
     """Whether `source` names a folder here, or a glob matches one."""
@@ -49,10 +72,11 @@ def is_folder(source: str) -> bool:
 
 
 def folders_named(sources: Sequence[str | Path]) -> Iterator[Path]:
-    """What `sources` name on this machine: folders, files, and the folders that globs match."""
+    """What `sources` name on this machine: folders, files, and what globs match and do not leave out."""
     for source in sources:
         path = Path(str(source).removeprefix("file://")).expanduser()
-        yield from [path] if path.exists() else map(Path, glob.iglob(str(path), recursive=True))
+        matches = map(Path, glob.iglob(str(path), recursive=True))
+        yield from [path] if path.exists() else (match for match in matches if not _marks(match))
 
 
 def _stat(path: Path) -> os.stat_result | None:
@@ -62,22 +86,13 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
+def _marks(folder: Path) -> list[str]:
+    """The files in a folder that no client's adapter has."""
+    return [name for name in NO_CLIENTS if _has(folder, name)]
+
+
 def _has(folder: Path, name: str) -> bool:
     return (folder / name).exists()
-
-
-def _folders(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / CONFIG_NAME).exists() and any(path.glob(f"*/{CONFIG_NAME}")):
-            raise NotFoundError(f"{source} is a folder of adapters, not one.", hint=f"lora-merge … '{path}/*'")
-        return [path]
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_dir()]
-    if matches:
-        return matches
-    if path.exists():
-        raise NotFoundError(f"{source} is a file; a source is the folder that holds adapter_config.json.")
-    raise NotFoundError(f"No folder matches {source}.", hint=near_misses(path))
 
 
 def near_misses(path: Path) -> str:

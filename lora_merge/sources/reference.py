@@ -62,7 +62,10 @@ class Room(Protocol):
 
     Attributes:
         store: where fetched files are kept; None where they are read in place.
+        notes: what patterns matched and did not take.
     """
+
+    notes: list[str]
 
     @property
     def store(self) -> Path | None: ...

@@ -53,11 +53,12 @@ class Rooms:
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the sources were read."""
-        of_hub = sorted(self._hub.notes) if "_hub" in vars(self) else []
+        rooms = [vars(self)[name] for name in ("_local", "_filesystem", "_hub") if name in vars(self)]
+        left = sorted({note for room in rooms for note in room.notes})
         if not self._taken_here:
-            return of_hub
+            return left
         names = ", ".join(self._taken_here)
-        return [f"Folders here, read from this machine: {names}. Of the Hub: hf://{self._taken_here[0]}", *of_hub]
+        return [f"Folders here, read from this machine: {names}. Of the Hub: hf://{self._taken_here[0]}", *left]
 
     def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
         """Every adapter that the sources name, pinned, in their order.

@@ -73,6 +73,16 @@ def test_what_an_adapter_does_not_state_is_a_warning(lora_merge: Run, tmp_path: 
         assert said in warnings
 
 
+def test_a_merged_adapter_is_said_to_be_one(lora_merge: Run, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        set_base(client(tmp_path / name, seed=seed), "org/tiny")
+    assert lora_merge("aggregate", "a", "b", "-o", "global", "-q")[0] == 0
+    found = checked(lora_merge, "global", code=0)
+    assert (found["verdict"], found["merged_of"]) == ("accepted", 2)
+    assert not any("num_examples" in warning or "lora_merge.json" in warning for warning in found["warnings"])
+    assert "of 2 clients" in lora_merge("check", "global")[1]
+
+
 def test_it_takes_one_adapter(lora_merge: Run, tmp_path: Path) -> None:
     client(tmp_path / "a")
     client(tmp_path / "b")

@@ -117,6 +117,20 @@ def test_a_client_without_a_count_hides_no_inflated_one(lora_merge: Run, tmp_pat
     assert not any("weigh the same" in line for line in inspected(lora_merge, "[abc]")["warnings"])
 
 
+def test_a_merged_adapter_is_shown_as_one(lora_merge: Run, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        client(tmp_path / name, seed=seed)
+    assert lora_merge("aggregate", "a", "b", "-o", "c", "-q")[0] == 0
+    code, out, _ = lora_merge("inspect", "a", "b", "c")
+    assert code == 3
+    assert "stops the merge: c: is a merged adapter of 2 clients\n" in out
+    code, out, err = lora_merge("inspect", "[abc]", "--json")
+    assert (code, [each["client_id"] for each in json.loads(out)["clients"]]) == (0, ["org/a", "org/b"])
+    assert "[abc] leaves out c (a merged adapter)." in err
+    (tmp_path / "c" / "aggregation.json").write_text("{}")
+    assert "stops the merge: c: aggregation.json, " in lora_merge("inspect", "c")[1]
+
+
 @pytest.mark.usefixtures("four")
 def test_the_table_fits_80_columns_when_piped(lora_merge: Run, tmp_path: Path) -> None:
     client(tmp_path / ("long-" * 12), seed=9, num_examples=100)
@@ -152,6 +166,21 @@ def test_nothing_there_is_not_found_and_what_there_is_is_named(lora_merge: Run, 
 def test_ids_may_come_from_standard_input(lora_merge: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("# ours\nb\n\n  c\n"))
     assert lora_merge("inspect", "a", "-", "-q")[:2] == (0, "a\nb\nc\n")
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("command", [("inspect",), ("aggregate", "--dry-run")])
+def test_what_quiet_prints_names_the_same_adapters_to_the_next_command(
+    command: tuple[str, ...], lora_merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / "in" / name)
+    code, out, _ = lora_merge(*command, "in/*", str(tmp_path / "c"), "-q")
+    assert (code, out.splitlines()) == (0, ["in/a", "in/b", str(tmp_path / "c")])
+    monkeypatch.setattr("sys.stdin", io.StringIO(out))
+    found = json.loads(lora_merge(*command, "-", "--json")[1])["clients"]
+    assert [(each["source"], each["place"]) for each in found] == [*zip("abc", out.splitlines(), strict=True)]
 
 
 @pytest.mark.usefixtures("four")

@@ -185,13 +185,19 @@ def test_settings_that_differ_are_refused_where_nothing_is_new_too(
 
 
 def test_whoever_states_no_examples_is_told_what_helps_here(onto: Path, four: list[Path], tmp_path: Path) -> None:
-    merged = aggregate(four[:1], tmp_path / "merged").output
-    with pytest.raises(UsageError, match="merged is itself a merged adapter") as caught:
-        fold([merged], onto)
-    assert "uniform" not in caught.value.hint
     with pytest.raises(UsageError, match="states no num_examples") as caught:
         fold([late(tmp_path / "silent", num_examples=None)], onto)
     assert "uniform" not in caught.value.hint
+
+
+def test_a_merged_adapter_is_folded_into_none(onto: Path, four: list[Path], tmp_path: Path, lora_merge: Run) -> None:
+    merged, before = aggregate(four[:1], tmp_path / "merged").output, members(onto)
+    for judged in (fold, plan):
+        with pytest.raises(RefusedError, match=r"aggregation\.json: is that of a merged adapter"):
+            judged([merged], onto)
+    e = late(tmp_path / "e")
+    assert fold([f"{tmp_path}/[e-m]*"], onto).added == [json.loads((e / "lora_merge.json").read_text())["client_id"]]
+    assert members(onto) == [*before, "e"]  # neither `merged` nor itself, `global`
 
 
 def test_a_client_is_withdrawn_by_its_path_too(onto: Path, four: list[Path], tmp_path: Path, lora_merge: Run) -> None:

@@ -65,6 +65,24 @@ def test_file_urls_and_mixed_places(memory: object, folders: list[Path], tmp_pat
     assert [entry.client_id for entry in both.ledger.contributions] == ["org/a", "org/b"]
 
 
+def test_a_merged_adapter_is_no_client_wherever_it_lies(
+    memory: fsspec.AbstractFileSystem, folders: list[Path], tmp_path: Path
+) -> None:
+    here = folders[0].parent / "global"
+    aggregate(folders, here)
+    for path in here.iterdir():
+        memory.pipe_file(f"/clients/global/{path.name}", path.read_bytes())
+    for place in ("memory://clients", f"file://{here.parent}", str(here.parent)):
+        made = aggregate([f"{place}/*"], tmp_path / "again", force=True)
+        assert [each.client_id for each in made.ledger.contributions] == ["org/a", "org/b"]
+        assert any(f"{place}/* leaves out " in warning for warning in made.warnings)
+        with pytest.raises(NotFoundError, match=r"g\* matches only .*global \(a merged adapter\)"):
+            aggregate([f"{place}/g*"], tmp_path / "again", force=True)
+        with pytest.raises(RefusedError, match=r"aggregation\.json: is that of a merged adapter") as caught:
+            aggregate([f"{place}/*", f"{place}/global"], tmp_path / "no", weights="uniform")
+        assert "--onto" in caught.value.hint
+
+
 @pytest.mark.usefixtures("memory")
 def test_a_url_that_matches_nothing_is_not_found(tmp_path: Path) -> None:
     for source in ("memory://nobody/*", "memory://clients/c", f"file://{tmp_path}/none"):

@@ -129,10 +129,23 @@ def test_a_pattern_leaves_out_what_is_no_clients_and_says_so(hub: LocalHub, pull
     hub.create("org/federation", {"recipe.yaml": "{}", "lora_start.json": "{}"})
     ran = pull_once("org/*", "--dry-run", "-q")
     assert [line.partition("@")[0] for line in ran.out.splitlines()] == ["org/client-0", "org/client-1"]
-    assert "org/* leaves out org/global (a merged adapter), org/federation (a federation's recipe);" in ran.err
+    assert "org/* leaves out org/global (a merged adapter), org/federation (a federation's recipe)." in ran.err
     ran = pull_once("org/g*", "--dry-run")
     assert (ran.code, ran.err.splitlines()[0]) == (4, "error: org/g* matches only org/global (a merged adapter).")
-    assert pull_once("org/global", "--weights", "uniform", "--dry-run").code == 0
+    hub.collection(COLLECTION, ["org/client-0", "org/global"])
+    ran = pull_once(COLLECTION, "--dry-run", "-q")
+    assert [line.partition("@")[0] for line in ran.out.splitlines()] == ["org/client-0"]
+    assert f"{COLLECTION} leaves out org/global (a merged adapter)." in ran.err
+
+
+def test_a_merged_adapter_that_is_named_is_no_client(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 2)
+    assert pull_once("org/client-*", "-o", "global").code == 0
+    hub.create("org/global", {path.name: path.read_bytes() for path in (pull_once.folder / "global").iterdir()})
+    ran = pull_once("org/client-*", "org/global", "-o", "again", "--weights", "uniform")
+    assert ran.code == 3
+    assert "org/global: aggregation.json: is that of a merged adapter" in ran.err
+    assert "--onto org/global." in ran.err
 
 
 def test_a_repository_given_twice_is_refused(hub: LocalHub, pull_once: Puller) -> None:
