@@ -48,17 +48,12 @@ class Rooms:
     def __init__(self, stack: ExitStack, max_wait: float, tell: Tell, pins: Mapping[str, str]) -> None:
         self._stack, self._max_wait, self._tell, self._pins = stack, max_wait, tell, pins
         self._stopped = threading.Event()
-        self._taken_here: list[str] = []
 
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the sources were read."""
         rooms = [vars(self)[name] for name in ("_local", "_filesystem", "_hub") if name in vars(self)]
-        left = sorted({note for room in rooms for note in room.notes})
-        if not self._taken_here:
-            return left
-        names = ", ".join(self._taken_here)
-        return [f"Folders here, read from this machine: {names}. Of the Hub: hf://{self._taken_here[0]}", *left]
+        return sorted({note for room in rooms for note in room.notes})
 
     def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
         """Every adapter that the sources name, pinned, in their order.
@@ -68,6 +63,7 @@ class Rooms:
             UsageError: an adapter is named twice, which would count it twice.
         """
         named = [(self._room(source), str(source)) for source in sources]
+        self._say_what_is_here(sources)
         try:
             found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
         except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
@@ -131,6 +127,16 @@ class Rooms:
             return "folder"
         return "repository" if room is vars(self).get("_hub") else "url"
 
+    def _say_what_is_here(self, sources: Sequence[str | Path]) -> None:
+        """Of sources that look alike, some may be folders here while others are of the Hub: say which.
+
+        Where none is of the Hub, whoever names his folders need not be told that they are.
+        """
+        here = [each for each in sources if isinstance(each, str) and _REPOSITORY.fullmatch(each) and is_folder(each)]
+        if here and any(self.kind(each) == "repository" for each in sources):
+            names = ", ".join(dict.fromkeys(here))
+            self._tell(f"Folders here, read from this machine: {names}. Of the Hub: hf://{here[0]}")
+
     def _other_reading(self, named: Sequence[tuple[Room, str]]) -> str:
         """What to say of those sources that could have meant the other place."""
         either = [(room, text) for room, text in named if _ON_THE_HUB.fullmatch(text) and not is_folder(text)]
@@ -153,12 +159,8 @@ class Rooms:
             return self._hub if _is_web_address(text) else self._filesystem
         if not _ON_THE_HUB.fullmatch(text) or text.startswith("."):
             return self._local
-        if is_folder(text):
-            if _REPOSITORY.fullmatch(text) and text not in self._taken_here:
-                self._taken_here.append(text)
-            return self._local
-        if Path(text).exists() or (_WILD.search(text) and _owner_is_here(text)):
-            return self._local  # a file, or where arrivals are waited for; which says what is missing
+        if is_folder(text) or Path(text).exists() or (_WILD.search(text) and _owner_is_here(text)):
+            return self._local  # of a file, or where arrivals are waited for, it says what is missing
         return self._hub
 
     @cached_property
