@@ -6,7 +6,7 @@ bytes for a QR than on one, and partial sums over clients other bytes for a mean
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
@@ -37,11 +37,18 @@ def pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 def over(
     threads: ThreadPoolExecutor, work: Callable[[Task], Result], tasks: Iterable[Task], advance: Advance | None = None
 ) -> list[Result]:
-    """`work` of each task, in the order of `tasks`; `advance(1)` is called as each one is collected."""
+    """`work` of each task, in the order of `tasks`; `advance(1)` is called as each one is collected.
+
+    When it raises, no task is running any more: what they write to may be closed.
+    """
     futures = [threads.submit(work, task) for task in tasks]
     results = []
-    for future in futures:
-        results.append(future.result())
-        if advance is not None:
-            advance(1)
+    try:
+        for future in futures:
+            results.append(future.result())
+            if advance is not None:
+                advance(1)
+    except BaseException:
+        wait([future for future in futures if not future.cancel()])
+        raise
     return results
