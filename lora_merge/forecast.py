@@ -22,6 +22,7 @@ class ForecastClient:
     """One client of a merge that has not begun.
 
     Attributes:
+        source: what the record would call it; `place`: the folder's path, the repository or the URL.
         size: bytes of all its files.
         to_download: those of them that are not on this machine.
         weight: n as it would be used; `share` is p, n over the sum of all.
@@ -29,6 +30,7 @@ class ForecastClient:
 
     client_id: str
     source: str
+    place: str
     commit: str | None
     size: int
     to_download: int
@@ -75,6 +77,7 @@ def forecast(
         ForecastClient(
             client_id=client,
             source=candidate.ref.source,
+            place=candidate.ref.place,
             commit=candidate.ref.commit,
             size=candidate.size,
             to_download=found.to_download[client],

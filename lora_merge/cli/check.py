@@ -54,7 +54,7 @@ def _table(found: "Checked", verdict: str) -> "Table":
 
 def _rows(found: "Checked", verdict: str) -> Iterator[tuple[str, str]]:
     yield "verdict", verdict
-    yield "adapter", f"{found.source}@{found.commit}" if found.commit else found.source
+    yield "adapter", f"{found.place}@{found.commit}" if found.commit else found.place
     merged = f"of {found.merged_of} client{'s' * (found.merged_of != 1)}; others come in by --onto"
     facts = {
         "client": found.client_id,

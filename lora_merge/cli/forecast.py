@@ -28,7 +28,7 @@ def show_forecast(
 
 
 def _pin(client: "ForecastClient") -> str:
-    return f"{client.source}@{client.commit}" if client.commit else client.source
+    return f"{client.place}@{client.commit}" if client.commit else client.place
 
 
 def _forecast_table(found: "Forecast") -> "Table":
@@ -39,7 +39,7 @@ def _forecast_table(found: "Forecast") -> "Table":
         table.add_column(name)
     for each in found.clients:
         examples = "" if each.num_examples is None else str(each.num_examples)
-        row = (each.client_id, each.source, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
+        row = (each.client_id, each.place, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
         table.add_row(*map(plain, row), size_text(each.size), size_text(each.to_download))
     size, missing = (sum(numbers) for numbers in zip(*((c.size, c.to_download) for c in found.clients), strict=True))
     table.add_row(f"{len(found.clients)} clients", *[""] * 5, size_text(size), size_text(missing))

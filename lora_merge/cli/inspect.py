@@ -60,7 +60,8 @@ def inspect(
 
 
 def _pin(client: "Inspected") -> str:
-    return f"{client.source}@{client.commit}" if client.commit else client.source
+    """What `aggregate -` takes from standard input."""
+    return f"{client.place}@{client.commit}" if client.commit else client.place
 
 
 def _shown(found: "Inspection") -> "Group":

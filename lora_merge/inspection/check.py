@@ -41,6 +41,7 @@ class Checked:
     """One adapter as others would see it; None where it could not be read so far.
 
     Attributes:
+        source: what a merge's record would call it; `place`: the folder's path, the repository or the URL.
         merged_of: how many clients it was merged of; None of a client's own adapter.
         norm: of its update, as far as it has a size without the base model.
         left_out: files beside it that push would not publish.
@@ -48,6 +49,7 @@ class Checked:
     """
 
     source: str
+    place: str
     commit: str | None
     client_id: str | None = None
     merged_of: int | None = None
@@ -78,7 +80,7 @@ def check(source: str, reading: Reading) -> Checked:
             raise UsageError(f"{one_line(source)} names {len(refs)} adapters.", hint=hint)
         merging, pushing = Refusals(), Refusals()
         with _folder(rooms, refs[0], reading, merging) as folder:
-            found = Checked(refs[0].source, refs[0].commit)
+            found = Checked(refs[0].source, refs[0].place, refs[0].commit)
             if folder is None:
                 warning = "it was not downloaded, so neither its values were read nor was it searched for secrets."
                 return replace(found, refusals=_together(merging, pushing), warnings=[warning])
