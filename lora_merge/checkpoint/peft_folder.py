@@ -76,6 +76,9 @@ def open_folder(folder: Path) -> PeftFolder:
     if not os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
         raise NotFoundError(f"{folder} may not be read: permission denied.")
     names = [name for name in (*READ_NAMES, PICKLE_NAME) if (folder / name).exists()]
+    if not names and (folder / "config.json").is_file():
+        reason = "is that of a whole model, not of a LoRA adapter: a model is given as --base"
+        raise FolderRefused([FileRefused("config.json", reason)])
     opened: list[SafetensorsFile] = []
     small: dict[str, str] = {}
 

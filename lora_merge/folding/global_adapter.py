@@ -127,7 +127,9 @@ def ledger_in(folder: Path, place: str) -> Ledger:
     """
     try:
         if not (folder / LEDGER_NAME).is_file():
-            raise FileRefused(f"{LEDGER_NAME}, file", "is not there, so this is no global adapter")
+            reason = "is not there, so this is no global adapter, but at best a client's own"
+            hint = "`lora-merge aggregate SOURCES --output GLOBAL` makes one; clients' adapters are the SOURCES."
+            raise RefusedError([Problem(place, LEDGER_NAME, reason)], hint=hint)
         with (folder / LEDGER_NAME).open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:

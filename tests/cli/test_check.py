@@ -32,6 +32,9 @@ def test_a_sound_adapter_is_accepted(lora_merge: Run, tmp_path: Path) -> None:
     assert found["norm"] > 0
     assert found["warnings"] == ["org/a does not state the hash of its base model's weights; taken on trust."]
     assert lora_merge("check", "a", "-q")[:2] == (0, "accepted\n")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a").rename(tmp_path / "in" / "a")
+    assert "adapter     in/a\n" in lora_merge("check", "in/a")[1]
 
 
 def test_all_that_is_wrong_is_said_at_once_with_who_would_refuse_it(lora_merge: Run, tmp_path: Path) -> None:
@@ -64,6 +67,21 @@ def test_a_folder_of_nothing_is_refused_and_none_is_not_found(lora_merge: Run, t
     (tmp_path / "empty").mkdir()
     checked(lora_merge, "empty", code=3)
     assert lora_merge("check", "none")[0] == 4
+
+
+def test_a_whole_model_is_called_one(lora_merge: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    (refusal,) = checked(lora_merge, "model", code=3)["refusals"]
+    assert refusal["field"] == "config.json"
+    assert refusal["reason"].startswith("is that of a whole model, not of a LoRA adapter")
+    for command in (("aggregate", "-o", "global"), ("inspect",), ("evaluate", "--base", "model", "--data", "d.jsonl")):
+        (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        code, _, err = lora_merge(*command, "model")
+        assert code == 3
+        assert "config.json: is that of a whole model" in err
+        assert "No such file" not in err
 
 
 def test_what_an_adapter_does_not_state_is_a_warning(lora_merge: Run, tmp_path: Path) -> None:

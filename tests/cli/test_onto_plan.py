@@ -46,3 +46,13 @@ def test_a_plan_onto_nothing_is_exit_4(lora_merge: Run, tmp_path: Path) -> None:
     code, out, _ = lora_merge("aggregate", "a", *ONTO)
     assert (code, json.loads(out)["error"]["message"].endswith("yet.")) == (4, True)
     assert not (tmp_path / "global").exists()
+
+
+def test_a_clients_own_adapter_is_no_global_one_to_fold_onto(lora_merge: Run, tmp_path: Path) -> None:
+    for i, name in enumerate("ab"):
+        write_client(tmp_path / name, i, 24, 2)
+    for more in ((), ("--dry-run",)):
+        code, _, err = lora_merge("aggregate", "a", "--onto", "b", *more)
+        assert code == 3
+        assert "aggregation.json: is not there, so this is no global adapter, but at best a client's own" in err
+        assert "hint: `lora-merge aggregate SOURCES --output GLOBAL` makes one" in err
