@@ -21,8 +21,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lora_merge.adapter import Factors, FullTensor, Update
+from lora_merge.adapter import Adapter, Factors, FactorsSpec, FullTensor, Update
 from lora_merge.aggregation import lowrank
+from lora_merge.aggregation.dora import CHUNK
 
 ROWS, OF_EACH = 32, 4  # sums u_j W v_jk
 LONGEST_ROW = 256  # a longer vector is folded into rows, which costs a tenth
@@ -61,6 +62,26 @@ def pieces_of(name: str, update: Update) -> Iterator[tuple[Piece, Tensor]]:
         yield from (((name, str(token)), row) for token, row in zip(update.indices, update.rows, strict=True))
     elif update.magnitude is not None:
         yield (name, MAGNITUDE), update.magnitude
+
+
+def trained_whole(adapter: Adapter) -> list[str]:
+    """The names of what holds values that were trained whole; none in plain LoRA."""
+    return [name for name, spec in adapter.specs.items() if not isinstance(spec, FactorsSpec) or spec.magnitude]
+
+
+def distance(one: Adapter, two: Adapter) -> float:
+    """|W_1 - W_2| over all that two clients trained whole; infinite where one has a value that the other has not."""
+    names = trained_whole(one)
+    if sorted(names) != sorted(trained_whole(two)):
+        return math.inf
+    return math.sqrt(sum(_squared_distance(dict(pieces_of(n, one[n])), dict(pieces_of(n, two[n]))) for n in names))
+
+
+def _squared_distance(one: Mapping[Piece, Tensor], two: Mapping[Piece, Tensor]) -> float:
+    if {piece: value.shape for piece, value in one.items()} != {piece: value.shape for piece, value in two.items()}:
+        return math.inf
+    parts = (zip(*(torch.split(value.reshape(-1), CHUNK) for value in (one[p], two[p])), strict=True) for p in one)
+    return sum(float((a.double() - b.double()).square().sum()) for pairs in parts for a, b in pairs)
 
 
 def seed_from(hashes: Iterable[str]) -> int:

@@ -9,8 +9,8 @@ from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import RefusedError
 from lora_merge.folding.global_adapter import clients_in
 from lora_merge.intake import Accepted
-from lora_merge.screening.measuring import norms
-from lora_merge.screening.stops import dominant, identical, nearly_identical, outliers
+from lora_merge.screening.measuring import copies, norms
+from lora_merge.screening.stops import dominant, outliers
 from lora_merge.screening.whole import judged
 
 AWAY = -0.2  # a cosine below it is no coincidence between updates of so many numbers
@@ -50,15 +50,8 @@ def _merged(inputs: Accepted) -> Iterator[tuple[str, str]]:
 
 def oddities(inputs: Accepted, found: Gram, hashes: Mapping[str, str]) -> dict[str, list[str]]:
     """What else is odd, by client."""
-    return _by_client([*_copies(found, hashes), *_claims(inputs), *_away(found)])
-
-
-def _copies(found: Gram, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    same = identical(hashes)
-    rest = sorted(set(found.clients) - {copy.client for copy in same})
-    at = {client: index for index, client in enumerate(found.clients)}
-    pairs = {(one, two): float(found.cosines[at[one], at[two]]) for one in rest for two in rest if one < two}
-    yield from ((copy.client, str(copy)) for copy in [*same, *nearly_identical(rest, pairs)])
+    same = ((copy.client, str(copy)) for copy in copies(inputs.sketched, hashes))
+    return _by_client([*same, *_claims(inputs), *_away(found)])
 
 
 def _claims(inputs: Accepted) -> Iterator[tuple[str, str]]:

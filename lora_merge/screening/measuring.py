@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
 
-from lora_merge.adapter import Adapter, Client
+from lora_merge.adapter import Adapter, Client, Factors, FactorsSpec, Spec, Update
 from lora_merge.aggregation import gram
+from lora_merge.aggregation.apart import distance, trained_whole
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
@@ -117,7 +118,7 @@ def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem 
 
 
 def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Held | None = None) -> list[Copy]:
-    """Those whose weights file another one has too, or whose update has a cosine above 0.999 with another's.
+    """Those whose weights file another one has too, or whose whole update has a cosine above 0.999 with another's.
 
     Args:
         clients: whose updates were read already; only where sketches are alike is anything read again.
@@ -134,17 +135,42 @@ def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Hel
     return sorted([*same, *near], key=lambda copy: copy.client)
 
 
-def _measured(
-    clients: Mapping[str, Adapter], perhaps: Mapping[tuple[str, str], float]
-) -> Mapping[tuple[str, str], float]:
-    """The exact cosines of the pairs, from the Gram matrix; as sketched where that would need the base."""
+def _measured(clients: Mapping[str, Adapter], perhaps: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], float]:
+    """The cosine of each pair's updates, exactly; where they trained something whole, what it is at least.
+
+    A value that was trained whole is no update without the base model, but how far it lies from another's is known:
+    vectors of norms |a| and |b| that lie D apart have a cosine of at least 1 - D^2 / 2|a||b|, and |a| is at least the
+    norm of its s B A. So who has another head is never called a copy for want of the base.
+    """
     names = sorted(clients)
-    federation = Federation([Client(name, 1.0, clients[name]) for name in names], float(len(names)))
-    parts = {name: gram.of_module(federation.module(name), names) for name in federation.factor_specs}
-    if any(part is None for part in parts.values()):
-        return perhaps
-    exact = gram.total(names, [1.0] * len(names), parts).cosines
-    return {(one, two): float(exact[names.index(one), names.index(two)]) for one, two in perhaps}
+    federation = Federation([Client(name, 1.0, _LowRank(clients[name])) for name in names], float(len(names)))
+    parts = {name: gram.of_module(federation.module(name), names) for name in federation.names}
+    found, at = gram.total(names, [1.0] * len(names), parts), {name: index for index, name in enumerate(names)}
+    cosines = {}
+    for one, two in perhaps:
+        pair = at[one], at[two]
+        cosines[one, two] = float(found.cosines[pair])
+        if any(trained_whole(clients[client]) for client in (one, two)):
+            apart = float(found.distances[pair]) ** 2 + distance(clients[one], clients[two]) ** 2
+            cosines[one, two] = 1 - apart / (2 * float(found.norms[[*pair]].prod()))
+    return cosines
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """The s B A of an adapter, without what it trained whole."""
+
+    adapter: Adapter
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        specs = self.adapter.specs.items()
+        return {name: replace(spec, magnitude=False) for name, spec in specs if isinstance(spec, FactorsSpec)}
+
+    def __getitem__(self, module: str) -> Update:
+        update = self.adapter[module]
+        assert isinstance(update, Factors)
+        return replace(update, magnitude=None)
 
 
 def norms(clients: Mapping[str, Sketched]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_merge.adapter import Client, FactorsSpec, FullSpec, TokenSpec
 from lora_merge.aggregation import apart
-from lora_merge.aggregation.apart import MAGNITUDE, Piece, Values, pieces_of, sketch_of_value
+from lora_merge.aggregation.apart import MAGNITUDE, Piece, Values, pieces_of, sketch_of_value, trained_whole
 from lora_merge.aggregation.dora import row_parts
 from lora_merge.aggregation.schedule import over, pool
 from lora_merge.checkpoint.federation import Federation, base_name
@@ -67,12 +67,7 @@ def judged(
 
 def _read_for_it(federation: Federation) -> list[tuple[Client, str]]:
     """What holds values that were trained whole; nothing in plain LoRA."""
-    return [
-        (client, name)
-        for client in federation.clients
-        for name, spec in client.adapter.specs.items()
-        if not isinstance(spec, FactorsSpec) or spec.magnitude
-    ]
+    return [(client, name) for client in federation.clients for name in trained_whole(client.adapter)]
 
 
 def _values(federation: Federation, seed: int, task: tuple[Client, str]) -> dict[Piece, bytes]:

@@ -153,3 +153,31 @@ def test_whenever_a_boosted_one_comes_folding_stops_where_one_merge_does(
     fold(arrivals, onto, base=made.base, screening=Screening(allow_outliers=True))
     late = edited(rest[0], tmp_path / "client-4")
     assert fold([*arrivals, late], onto, base=made.base).added == ["org/client-4"]  # who was let in is, for good
+
+
+@each_whole
+def test_a_copy_is_one_with_what_it_trained_whole(name: str, federations: Federations, tmp_path: Path) -> None:
+    kind, ending = WHOLE[name]
+    made = federations(kind)
+    other = load_file(made.clients[1] / WEIGHTS)
+
+    def with_own(share: float) -> Any:
+        """The first client's tensors, but in what was trained whole that far on the way to the second one's."""
+        return lambda tensors: {
+            key: value + share * (other[key] - value) if key.endswith(ending) else value
+            for key, value in tensors.items()
+        }
+
+    honest = edited(made.clients[0], tmp_path / "org-own", tensors=with_own(1.0))
+    copy = edited(made.clients[0], tmp_path / "org-copy", tensors=with_own(1e-4))
+    folders = [*made.clients, honest, copy]
+    how: dict[str, Any] = {"base": made.base, "certificate": "off", "weights": "uniform"}
+    merged = aggregate(folders, tmp_path / "warned", **how)
+    assert [line.split(" has nearly ")[0] for line in merged.warnings if "copy" in line] == ["org/org-copy"]
+    dropped = aggregate(folders, tmp_path / "dropped", screening=Screening(drop_duplicates=True), **how)
+    assert [each.source for each in dropped.ledger.left_out] == ["org-copy"]
+    flags = {
+        each.client_id: " ".join(each.flags)
+        for each in inspect(folders, screening=Screening(), reading=Reading()).clients
+    }
+    assert {client for client, said in flags.items() if "nearly the update" in said} == {"org/org-copy"}
