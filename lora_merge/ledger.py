@@ -83,13 +83,13 @@ class Certificate:
             return f"relative error at most {_error(self.whole)}" if self.whole else "no guarantee (no bound below 1)"
         if self.whole is None:
             return "not measured"
-        return f"relative error {_error(self.whole)}" + (" (an estimate)" if "standard_error" in self.whole else "")
+        return _measured(self.whole)
 
     def gap_sentence(self) -> str:
         """What `fedavg` would have missed, in a line."""
         if self.fedavg_would_miss is None:
             return "not measured: these adapters have no mean of lora_A and lora_B apart"
-        return f"relative error {_error(self.fedavg_would_miss)} (an estimate)"
+        return _measured(self.fedavg_would_miss)
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,13 @@ def _lines(value: Any) -> str:
 
 
 _compact = json.JSONEncoder(default=vars, allow_nan=False, check_circular=False).encode  # what was read is a tree
+
+
+def _measured(part: Mapping[str, float]) -> str:
+    """In words. Where every probe finds nothing there is nothing: a zero is no estimate."""
+    if part["relative_error"] == 0:
+        return "relative error 0"
+    return f"relative error {_error(part)}" + (" (an estimate)" if "standard_error" in part else "")
 
 
 def _error(part: Mapping[str, float]) -> str:

@@ -109,6 +109,7 @@ class Output:
             self._write("".join(one_line(line) + "\n" for line in ([made] if isinstance(made, str) else made)))
         elif show is not None:
             drawn = show()
+            _fold(drawn)
             with self._to_stdout(), self._stdout.capture() as capture:
                 self._stdout.print(drawn)
             self._write("".join(line.rstrip() + "\n" for line in capture.get().split("\n")[:-1]))
@@ -218,6 +219,14 @@ class Output:
         if hint:
             self._talk(one_line(hint), "hint: ", "cyan")
         raise typer.Exit(code)
+
+
+def _fold(drawn: Any) -> None:
+    """Have the tables in `drawn` break a cell that is too wide for the terminal, which rich would cut."""
+    for part in getattr(drawn, "renderables", ()):
+        _fold(part)
+    for column in getattr(drawn, "columns", ()):
+        column.overflow = "fold"
 
 
 @contextmanager

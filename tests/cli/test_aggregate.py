@@ -251,7 +251,7 @@ def test_a_folder_of_adapters_and_a_mistyped_folder_are_told_apart_from_the_hub(
     assert "'clients/*'" in err
     code, _, err = run("clientz/*", "-o", "global")
     assert code == 5
-    assert "No folder here is called clientz/* either." in err
+    assert "There is no folder clientz/* here, and the Hub cannot be asked: " in err
     assert run("clients/*", "-o", "global", "--weight", "a=2")[0] == 0
 
 
@@ -453,11 +453,14 @@ def test_a_few_ranks_are_listed_and_many_are_a_range(ranks: list[int], shown: st
         (0.2, float("nan"), "20.00%"),
         (0.2, 0.0, "20.00% ± 0.00%"),
         (0.2, None, "20.00%"),
+        (0.0, 0.0, "0"),
     ],
 )
 def test_an_error_and_its_uncertainty_have_one_unit(error: float, spread: float | None, said: str) -> None:
     whole = {"relative_error": error} | ({} if spread is None else {"standard_error": spread})
-    assert Certificate("probes", whole).sentence().startswith(f"relative error {said}")
+    estimate = " (an estimate)" if error and spread is not None else ""
+    assert Certificate("probes", whole).sentence() == f"relative error {said}{estimate}"
+    assert Certificate("off", fedavg_would_miss=whole).gap_sentence() == f"relative error {said}{estimate}"
 
 
 def test_onto_a_global_adapter_the_defaults_are_what_it_was_made_with(run: Run, two: tuple[Path, Path]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Group
 from rich.table import Table
 
 from lora_merge.cli.main import main
@@ -199,6 +200,22 @@ def test_a_pipe_gets_every_row_of_a_table_on_one_line_without_colour(
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_a_table_too_wide_for_the_terminal_is_folded_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table("organisation", "examples", box=None, pad_edge=False)
+    table.add_row(plain("org/a-long-name"), "1000000000")
+    Output().result({}, show=lambda: Group(plain("x"), Group(table)))
+    shown = terminal.getvalue()
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 20
+    left, right = zip(*((line[:10].strip(), line[10:].strip()) for line in shown.splitlines()[1:]), strict=True)
+    assert "".join(left + right) == "organisationorg/a-long-nameexamples1000000000"
 
 
 @pytest.mark.parametrize("setting", [None, "1"])
