@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def test_a_core_may_be_taken_away_and_none_may_be_put_beside(onto: Path, late: P
         fold([late], onto, screening=SCREENING)
     (onto / CORE).unlink()
     assert fold([late], onto, screening=SCREENING).added == ["org/c"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_core_beside_a_merge_that_has_none_is_refused(way: str, onto: Path, late: Path) -> None:
+    exact = fold([onto.parent / "a", onto.parent / "b"], onto.parent / "exact", screening=SCREENING).output
+    shutil.copy(onto / CORE, exact / CORE)
+    before = digests(exact)
+    with pytest.raises(RefusedError, match=f"{CORE}: is not among the files that aggregation.json names"):
+        WAYS[way](exact, late)
+    assert digests(exact) == before
 
 
 @pytest.mark.parametrize("put", [lambda path: None, os.mkfifo, os.mkdir], ids=["nothing", "a pipe", "a folder"])

@@ -18,6 +18,7 @@ from lora_merge.checkpoint.peft_folder import (
     Description,
     FolderRefused,
     PeftFolder,
+    file_sha256,
     ledger_of,
     open_folder,
 )
@@ -70,9 +71,12 @@ class GlobalAdapter:
 
     @cached_property
     def hashes(self) -> Mapping[str, str]:
-        """The sha256 of its own files: of what was opened, whatever lies there now."""
-        core = {CORE_NAME: self.core.file.sha256()} if self.core else {}
-        return {CONFIG_NAME: self.folder.small[CONFIG_NAME], WEIGHTS_NAME: self.folder.file.sha256(), **core}
+        """The sha256 of its own files: of what was opened, whatever lies there now; and of a core that none asked for."""
+        found = {CONFIG_NAME: self.folder.small[CONFIG_NAME], WEIGHTS_NAME: self.folder.file.sha256()}
+        if self.core:
+            return found | {CORE_NAME: self.core.file.sha256()}
+        path = self.folder.folder / CORE_NAME
+        return found | {CORE_NAME: file_sha256(path)} if path.is_file() else found
 
     def name(self) -> str:
         """What a ledger calls it as its parent."""
