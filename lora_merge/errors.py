@@ -13,8 +13,9 @@ LoraMergeError              1  a bug of ours, when raised bare
 An error says what is wrong, in whose input, and (in ``hint``) what to do next.
 """
 
+import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +26,12 @@ def one_line(text: object) -> str:
     A name that a stranger chose then neither drives a terminal nor forges a line of its own.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+
+
+def meant(word: str, words: Iterable[str]) -> str:
+    """` (did you mean …?)`, with the one of `words` that is near to `word`; else nothing."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class LoraMergeError(Exception):
@@ -160,7 +167,10 @@ class NetworkError(LoraMergeError):
 
 
 class ConflictError(LoraMergeError):
-    """Somebody else changed, or made, what this run was about to change."""
+    """Somebody else changed, or made, what this run was about to change.
+
+    What was there before the run began is none: an output that is taken is a `UsageError`.
+    """
 
     exit_code = 6
 

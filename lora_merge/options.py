@@ -6,7 +6,7 @@ from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.registry import Options, Rank
 from lora_merge.aggregation.sparsifying import DENSITY
 from lora_merge.checkpoint.planned import DTYPES, CertificateMode, Settings
-from lora_merge.errors import UsageError
+from lora_merge.errors import UsageError, meant
 
 
 def merge_settings(
@@ -21,7 +21,7 @@ def merge_settings(
     """The settings of a merge; raises `UsageError` where an option is wrong, or of another method."""
     for name, value, choices in (("method", method, METHODS), ("dtype", dtype, DTYPES)):
         if value not in choices:
-            raise UsageError(f"--{name} must be one of {', '.join(choices)}, is {value!r}.")
+            raise UsageError(f"--{name} must be one of {', '.join(choices)}, is {value!r}{meant(str(value), choices)}.")
     if certificate not in (None, "exact", "probes", "off"):
         raise UsageError(f"--certificate must be exact, probes or off, is {certificate!r}.")
     if "rank" not in METHODS[method].heeds and (rank is not None or energy is not None):

@@ -4,7 +4,6 @@ A recipe is a YAML file beside the script that it names. Loading is strict: an u
 setting is an error, and all of them are reported at once. See `recipes/README.md` for what each setting means.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import NotFoundError, UsageError, meant
 from lora_merge.recipe_form import CHECKS, read_yaml
 
 FEDERATION = re.compile(r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[^\s@]+))?")
@@ -193,7 +192,7 @@ def find(name_or_path: str) -> Path:
     names = [entry.stem for entry in shipped()]
     if name_or_path not in names:
         raise NotFoundError(
-            f"There is no shipped recipe {name_or_path!r}{_meant(name_or_path, names)}; there are {', '.join(names)}.",
+            f"There is no shipped recipe {name_or_path!r}{meant(name_or_path, names)}; there are {', '.join(names)}.",
             hint="lora-merge recipes list. A recipe of your own is given as a path: ./NAME.yaml",
         )
     return folder() / f"{name_or_path}.yaml"
@@ -279,12 +278,7 @@ def _without_rival(data: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[st
 
 
 def _unknown(key: str, known: Mapping[str, Any]) -> str:
-    return f"{key[:60]} is not a setting{_meant(key, list(known))}"
-
-
-def _meant(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f"{key[:60]} is not a setting{meant(key, known)}"
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:

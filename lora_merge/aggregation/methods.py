@@ -104,8 +104,8 @@ def ffa(module: Module, options: Options) -> Plan:
     first = module.shares[0].read()
     for share in module.shares[1:]:
         if not torch.equal(share.read().A, first.A):
-            reason = "lora_A is not bit-identical in all clients, which ffa needs"
-            raise MethodRefused(module.name, reason, share)
+            pair = f"{module.shares[0].client} and {share.client}"
+            raise MethodRefused(module.name, f"lora_A of {pair} differ, and ffa needs one that is the same bit for bit")
     coefficients = [1.0] + [0.0] * (len(module.shares) - 1)
     return _plan(module, module.spec.r, 1.0, "ffa", lambda: sum_factors(module, a_coefficients=coefficients))
 

@@ -121,6 +121,7 @@ def test_json_is_one_object_that_says_what_aggregation_json_says(run: Run, tmp_p
         (["--global-lr", "0"], "--global-lr must be a finite number above 0"),
         (["--global-lr", "nan"], "--global-lr must be a finite number above 0"),
         (["--dtype", "int8"], "--dtype must be one of fp32, bf16, fp16"),
+        (["--method", "exat"], "is 'exat' (did you mean exact?)"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:INDEX"),
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:INDEX"),
         (["--device", "cuda:99"], "There is no CUDA device cuda:99"),
@@ -223,7 +224,11 @@ def test_every_bad_client_is_named_at_once_and_nothing_is_written(run: Run, two:
 
 
 @pytest.mark.parametrize(
-    ("method", "lines"), [("ffa", ["  org/b: layer: lora_A"]), ("fedavg", ["  all clients: layer: the clients have"])]
+    ("method", "lines"),
+    [
+        ("ffa", ["  all clients: layer: lora_A of org/a and org/b differ"]),
+        ("fedavg", ["  all clients: layer: the clients have"]),
+    ],
 )
 def test_a_method_that_cannot_merge_names_the_modules_and_the_methods_that_can(
     method: str, lines: list[str], run: Run, tmp_path: Path
