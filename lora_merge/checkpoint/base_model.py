@@ -21,9 +21,19 @@ _CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+class Misfit(ValueError):
+    """A tensor of the base model has not the shape that the adapters need, so they were trained from another one."""
+
+    def __init__(self, name: str, stored: Sequence[int], needed: str) -> None:
+        super().__init__(f"needs {needed}, and the base model's {name} is {_shown(stored)}")
+
+
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model's safetensors files: which tensor lies in which file, and what its config calls the model."""
+    """A base model's safetensors files: which tensor lies in which file, and what its config calls the model.
+
+    Reading a tensor raises `Misfit` where it has another shape than the adapters need.
+    """
 
     files: Mapping[str, Path]
     model_type: str | None = None
@@ -32,17 +42,18 @@ class BaseModel:
         return self._key(name) is not None
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "Tensor":
-        """The tensor `name`, fp32; it must have the shape that the adapters give it."""
+        """The tensor `name`, fp32."""
         stored = self._slice(name)
         if tuple(stored.get_shape()) != shape:
-            raise _misfit(name, stored.get_shape(), shape)
+            raise Misfit(name, stored.get_shape(), _shown(shape))
         return _finite(name, stored[:])
 
-    def row(self, name: str, index: int) -> "Tensor":
-        """One row of the matrix `name`, fp32; the others are not read."""
+    def row(self, name: str, index: int, d: int) -> "Tensor":
+        """One row of the matrix `name`, d numbers, fp32; the others are not read."""
         table = self._slice(name)
-        if index >= table.get_shape()[0]:
-            raise UsageError(f"The base model's {name} has no row {index}.")
+        shape = tuple(table.get_shape())
+        if len(shape) != 2 or index >= shape[0] or d != shape[1]:
+            raise Misfit(name, shape, f"row {index} of {d} numbers")
         return _finite(name, table[index])
 
     def weight(self, module: str, spec: FactorsSpec, *, square_is_transposed: bool | None) -> "Tensor":
@@ -65,7 +76,7 @@ class BaseModel:
                 hint="Put the base model's config.json beside its weights.",
             )
         if shape != ((columns, rows) if transposed else (rows, columns)):
-            raise _misfit(f"{module}.weight", shape, (rows, columns))
+            raise Misfit(f"{module}.weight", shape, _shown((rows, columns)))
         tensor = _finite(f"{module}.weight", stored[:])
         return tensor.mT if transposed else tensor
 
@@ -162,8 +173,5 @@ def _finite(name: str, stored: "Tensor") -> "Tensor":
     return tensor
 
 
-def _misfit(name: str, stored: Sequence[int], expected: Sequence[int]) -> UsageError:
-    return UsageError(
-        f"The base model's {name} is {'x'.join(map(str, stored))}, which does not fit the adapters "
-        f"({'x'.join(map(str, expected))}): is it the model that they were trained from?"
-    )
+def _shown(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

@@ -12,7 +12,7 @@ from lora_merge.adapter import Client, Factors, FactorsSpec, FullSpec, FullTenso
 from lora_merge.aggregation.compatibility import module_names
 from lora_merge.aggregation.module import Module, Share
 from lora_merge.aggregation.whole import Value, ValueShare, rows_by_token
-from lora_merge.checkpoint.base_model import BaseModel
+from lora_merge.checkpoint.base_model import BaseModel, Misfit
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import Problem, RefusedError
@@ -76,7 +76,7 @@ class Federation:
         base = self.base if self.base is not None and self.base.has(base_name(name)) else None
         spec = self.spec(name)
         shape = spec.shape if isinstance(spec, FullSpec) else ()
-        read = None if base is None else partial(base.tensor, base_name(name), shape)
+        read = None if base is None else partial(self._of_base, name, partial(base.tensor, base_name(name), shape))
         return Value(shares, self.total, self.alpha, read, frozen=name.endswith(".base_layer.weight"))
 
     def token_values(self, name: str) -> dict[int, Value]:
@@ -148,7 +148,8 @@ class Federation:
     def _base_weight(self, name: str) -> Tensor:
         assert self.base is not None
         spec = self.factor_specs[name]
-        return self.base.weight(name, spec, square_is_transposed=self._square_is_transposed).to(self.device)
+        read = partial(self.base.weight, name, spec, square_is_transposed=self._square_is_transposed)
+        return self._of_base(name, read).to(self.device)
 
     @cached_property
     def _square_is_transposed(self) -> bool | None:
@@ -164,7 +165,18 @@ class Federation:
     def _base_row(self, name: str, token: int) -> Callable[[], Tensor] | None:
         if self.base is None or not self.base.has(base_name(name)):
             return None
-        return partial(self.base.row, base_name(name), token)
+        spec = self.spec(name)
+        assert isinstance(spec, TokenSpec)
+        return partial(self._of_base, name, partial(self.base.row, base_name(name), token, spec.d))
+
+    def _of_base(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        """What `read` reads of the base for `name`; what does not fit is a problem of each client that has `name`."""
+        try:
+            return read()
+        except Misfit as misfit:
+            hint = "Give --base the model that they were trained from, or leave out who was trained from another."
+            problems = [Problem(client.id, name, str(misfit)) for client in self._having(name)]
+            raise RefusedError(problems, hint=hint) from misfit
 
 
 def base_name(name: str) -> str:

@@ -71,7 +71,7 @@ class GlobalAdapter:
 
     @cached_property
     def hashes(self) -> Mapping[str, str]:
-        """The sha256 of its own files: of what was opened, whatever lies there now; and of a core that none asked for."""
+        """The sha256 of its own files: of what was opened, whatever lies there now; and of a core that is not due."""
         found = {CONFIG_NAME: self.folder.small[CONFIG_NAME], WEIGHTS_NAME: self.folder.file.sha256()}
         if self.core:
             return found | {CORE_NAME: self.core.file.sha256()}

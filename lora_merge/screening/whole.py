@@ -13,8 +13,9 @@ from lora_merge.aggregation import apart
 from lora_merge.aggregation.apart import MAGNITUDE, Piece, Values, pieces_of, sketch_of_value, trained_whole
 from lora_merge.aggregation.dora import row_parts
 from lora_merge.aggregation.schedule import over, pool
+from lora_merge.checkpoint.base_model import Misfit
 from lora_merge.checkpoint.federation import Federation, base_name
-from lora_merge.errors import NotFoundError, Problem, UsageError
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 from lora_merge.screening.stops import FEW_NORMS, oversized
 
 
@@ -90,7 +91,7 @@ def _base_value(federation: Federation, seed: int, piece: Piece) -> bytes | None
     name, part = piece
     try:
         value = _read(federation, name, part)
-    except (NotFoundError, UsageError):
+    except (NotFoundError, UsageError, RefusedError, Misfit):
         return None
     return None if value is None else sketch_of_value(value, seed)
 
@@ -102,8 +103,7 @@ def _read(federation: Federation, name: str, part: str) -> Tensor | None:
         return read() if read else None
     if isinstance(spec, TokenSpec):
         assert federation.base is not None
-        row = federation.base.row(base_name(name), int(part))
-        return row if len(row) == spec.d else None
+        return federation.base.row(base_name(name), int(part), spec.d)
     return _row_norms(federation, name) if isinstance(spec, FactorsSpec) and part == MAGNITUDE else None
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
-from lora_merge.errors import LoraMergeError, NotFoundError, UsageError
+from lora_merge.errors import LoraMergeError, NotFoundError, RefusedError, UsageError
 from tests.adapters import KINDS
 from tests.conftest import Federations, digests
 from tests.dense import error, mean_model
@@ -124,3 +124,29 @@ def test_a_quantised_base_is_an_error(federations: Federations, tmp_path: Path) 
     save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, other / "model.safetensors")
     with pytest.raises(UsageError, match="I8"):
         aggregate(made.clients, tmp_path / "global", base=other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "modules_to_save that some lack",
+            r"lm_head\.weight: needs 40x16, and the base model's lm_head\.weight is 4x16",
+        ),
+        ("tokens that some lack", r"needs row \d+ of 16 numbers, and the base model's \S+ is 4x16"),
+    ],
+)
+def test_a_base_of_another_vocabulary_is_refused_for_each_client_that_needs_it(
+    kind: str, said: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(BY_NAME[kind])
+    other = tmp_path / "other"
+    shutil.copytree(made.base, other)
+    tensors = load_file(made.base / "model.safetensors")
+    few = {name: value[:4].clone() if len(value) == 40 else value for name, value in tensors.items()}
+    save_file(few, other / "model.safetensors")
+    with pytest.raises(RefusedError, match=said) as caught:
+        aggregate(made.clients, tmp_path / "global", base=other)
+    assert "--base" in caught.value.hint
+    assert all(problem.client.startswith("org/") for problem in caught.value.problems)
+    assert not (tmp_path / "global").exists()
