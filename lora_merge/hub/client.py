@@ -31,6 +31,7 @@ from lora_merge.errors import NetworkError
 from lora_merge.hub.waiting import MAX_WAIT, Patience, Tell, waiting_at_most
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names none
+UNMET = 2  # tries again of a server that nothing in this command has reached: it is mistyped, or we are offline
 TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
 CALL_SECONDS = 60.0
 SLOWEST_BYTES_A_SECOND = 10_000
@@ -139,8 +140,10 @@ class HubClient(httpx2.Client):
             return httpx2.Response(404, request=request)  # the library's own statistics; not worth a call or a wait
         request.extensions["trace"] = self._remember
         for attempt in range(1_000_000):
+            tries = len(BACKOFF)
             try:
                 response = self._send_once(request, stream, **options)
+                self.patience.budget.reached.add(request.url.netloc)
                 if _worth_another_try(request, response):
                     seconds, why = _asked_wait(response), f"{request.url.host} answers {response.status_code}"
                 elif attempt < len(BACKOFF) and _is_no_answer(request, response, read=not stream):
@@ -152,7 +155,9 @@ class HubClient(httpx2.Client):
                 if not _is_safe_to_repeat(request) and not isinstance(error, httpx2.ConnectError):
                     raise
                 seconds, why = None, f"{request.url.host} {_failing(error)}"
-            if seconds is None and attempt >= len(BACKOFF):
+                if isinstance(error, httpx2.ConnectError) and request.url.netloc not in self.patience.budget.reached:
+                    tries = UNMET
+            if seconds is None and attempt >= tries:
                 raise NetworkError(f"{why}, {attempt + 1} times.", hint="Try again later.")
             pause = BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds
             self.patience.wait(pause, why, asked=seconds is not None)

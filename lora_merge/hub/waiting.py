@@ -15,12 +15,17 @@ MAX_WAIT = 300.0  # seconds: the Hub counts its limits by five minutes
 
 
 class Budget:
-    """The seconds that may be waited: what two threads wait at one time counts once. A wait that is refused ends it."""
+    """The seconds that may be waited: what two threads wait at one time counts once. A wait that is refused ends it.
+
+    Attributes:
+        reached: servers that have answered: one that then cannot be reached is on its way back.
+    """
 
     def __init__(self, max_wait: float) -> None:
         if not max_wait >= 0:
             raise UsageError(f"--max-wait must be a number of seconds from 0 up, is {max_wait}.")
         self.max_wait = max_wait
+        self.reached: set[bytes] = set()
         self._lock = threading.Lock()
         self._waited = 0.0  # seconds in which somebody waits, those to come until `_until` too
         self._until = 0.0

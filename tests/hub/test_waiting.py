@@ -2,10 +2,12 @@
 
 import threading
 import time
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 
 import pytest
 
 from lora_merge.errors import NetworkError, UsageError
+from lora_merge.hub import client
 from lora_merge.hub.waiting import Budget, Patience, waiting_at_most
 
 
@@ -67,3 +69,19 @@ def test_a_try_that_may_wait_for_longer_than_what_is_left_is_not_begun() -> None
     assert budget.book(1, "busy", already=4, ahead=4) == pytest.approx(1, abs=0.1)
     with pytest.raises(NetworkError, match=r"^busy; gave up"):
         budget.book(1, "busy", ahead=5)
+
+
+def test_a_server_that_was_reached_before_is_tried_for_longer_than_one_that_never_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one restarts; the other is mistyped, or nothing can be reached from here."""
+    monkeypatch.setattr(client, "BACKOFF", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    url, budget = f"http://127.0.0.1:{server.server_port}/", Budget(60)
+    threading.Thread(target=server.handle_request).start()
+    assert client.HubClient(Patience(budget, print)).head(url).status_code == 200
+    server.server_close()
+    for reached, tries in ((budget, 5), (Budget(60), 3)):  # the budget is a command's, and a session is a part of it
+        with pytest.raises(NetworkError, match=f"127.0.0.1 cannot be reached, {tries} times"):
+            client.HubClient(Patience(reached, print)).head(url)
