@@ -11,7 +11,7 @@ from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftovers, scratch_folder
 from lora_merge.checkpoint.overwriting import require_apart, require_outside_adapters
 from lora_merge.checkpoint.planned import CertificateMode
-from lora_merge.errors import NotFoundError, UsageError, one_line
+from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
 from lora_merge.folding.corridor import UNSIGNED, Fold, How, Located, fold_folder, is_there
 from lora_merge.folding.plan import FoldPlan, plan_of
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
@@ -19,7 +19,7 @@ from lora_merge.intake import Reading
 from lora_merge.lock import SIGNATURE_NAME
 from lora_merge.options import require_sound
 from lora_merge.screening.stops import SCREENED, Screening
-from lora_merge.sources.local import folders_named
+from lora_merge.sources.local import folders_named, nor_a_folder
 from lora_merge.sources.reference import Progress, Tell
 from lora_merge.sources.rooms import open_rooms
 
@@ -144,7 +144,13 @@ def _located(onto: str | Path, reading: Reading) -> Located:
             raise UsageError(f"--onto takes a folder or a repository, as it is now; {onto} is neither.")
         from lora_merge.publish.onto import head_with_adapter  # half a second that folders need not wait
 
-        commit, has_adapter = head_with_adapter(repo, max_wait=reading.max_wait, tell=reading.tell)
+        try:
+            commit, has_adapter = head_with_adapter(repo, max_wait=reading.max_wait, tell=reading.tell)
+        except NetworkError as error:
+            if repo != str(onto):
+                raise
+            error.hint = f"A folder that is to be made: --onto ./{onto}. Of the Hub: {error.hint}"
+            raise nor_a_folder([repo], error) from error
         if not has_adapter:
             return Located(None, repo, commit)
         candidates = rooms.examine(rooms.expand([f"hf://{repo}@{commit}"]))

@@ -15,6 +15,7 @@ from lora_merge.hub.client import hub_session, interrupt, is_offline
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.hub_cache import cached_entry, fetch_file, hash_problem, remove_leftovers
 from lora_merge.sources.listing import COMMIT, fetched, listing
+from lora_merge.sources.local import nor_a_folder
 from lora_merge.sources.parallel import for_each
 from lora_merge.sources.reference import Advance, FileEntry, Tell
 from lora_merge.statement import BaseModel
@@ -42,7 +43,10 @@ def find_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> FoundBas
     """The base model in the folder `base`, else of that repository id; as `model_in` and `model_of`."""
     if os.path.isdir(base) or base.startswith((".", "/", "~")) or base.count("/") > 1:
         return model_in(Path(base), base)
-    return model_of(base, None, tell, max_wait=max_wait)
+    try:
+        return model_of(base, None, tell, max_wait=max_wait)
+    except (NetworkError, NotFoundError) as error:
+        raise nor_a_folder([base], error) from error
 
 
 def model_in(folder: Path, repo: str) -> FoundBase:

@@ -8,9 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, READ_NAMES, Description, open_folder
-from lora_merge.errors import NotFoundError, one_line
+from lora_merge.errors import NetworkError, NotFoundError, one_line
 from lora_merge.sources.patterns import NO_CLIENTS, clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
+
+MOST_NAMED = 5
 
 
 class LocalRoom:
@@ -93,6 +95,15 @@ def _marks(folder: Path) -> list[str]:
 
 def _has(folder: Path, name: str) -> bool:
     return (folder / name).exists()
+
+
+def nor_a_folder(names: Sequence[str], error: NetworkError | NotFoundError) -> NetworkError | NotFoundError:
+    """`error`, of the Hub, about `names` that might have been folders here: whoever mistyped one learns of both."""
+    first, *more = error.message.split("\n")
+    here = f"There is no folder {', '.join(names[:MOST_NAMED])} here"
+    if isinstance(error, NetworkError):
+        return NetworkError(f"{here}, and the Hub cannot be asked: {first}", hint=error.hint, more=more)
+    return NotFoundError(f"{here}. {first}", hint=error.hint, more=more)
 
 
 def near_misses(path: Path) -> str:

@@ -15,7 +15,7 @@ from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.errors import NetworkError, NotFoundError, StorageError, UsageError, one_line
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 from lora_merge.sources.filesystems import FilesystemRoom
-from lora_merge.sources.local import LocalRoom, is_folder, names_of, near_misses
+from lora_merge.sources.local import MOST_NAMED, LocalRoom, is_folder, names_of, near_misses, nor_a_folder
 from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
 
@@ -67,8 +67,7 @@ class Rooms:
         try:
             found = for_each(lambda pair: pair[0].expand(pair[1]), named, lambda pair: pair[1], self.interrupt)
         except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
-            error.hint = f"{self._other_reading(named)} {error.hint}".strip()
-            raise
+            raise self._other_reading(named, error) from error
         refs = [ref for each in found for ref in each]
         _refuse_twice(refs)
         return _with_short_names(refs)
@@ -137,15 +136,18 @@ class Rooms:
             names = ", ".join(dict.fromkeys(here))
             self._tell(f"Folders here, read from this machine: {names}. Of the Hub: hf://{here[0]}")
 
-    def _other_reading(self, named: Sequence[tuple[Room, str]]) -> str:
-        """What to say of those sources that could have meant the other place."""
+    def _other_reading(
+        self, named: Sequence[tuple[Room, str]], error: NetworkError | NotFoundError
+    ) -> NetworkError | NotFoundError:
+        """`error`, with what is to be said of those sources that could have meant the other place."""
         either = [(room, text) for room, text in named if _ON_THE_HUB.fullmatch(text) and not is_folder(text)]
-        hub = vars(self).get("_hub")
-        asked = [text for room, text in either if room is hub and ("*" in text or _owner_is_here(text))]
+        hub, offline = vars(self).get("_hub"), isinstance(error, NetworkError)
+        asked = [text for room, text in either if room is hub and (offline or _owner_is_here(text))]
         sought = [f"hf://{text}" for room, text in either if room is not hub]
         near = near_misses(Path(asked[0])) if asked and _owner_is_here(asked[0]) else ""
-        there = [f"No folder here is called {', '.join(asked[:5])} either.", near] if asked else []
-        return " ".join([*there, f"Of the Hub: {', '.join(sought[:5])}" if sought else ""]).strip()
+        of_hub = f"Of the Hub: {', '.join(sought[:MOST_NAMED])}" if sought else ""
+        error.hint = " ".join(part for part in (near, of_hub, error.hint) if part)
+        return nor_a_folder(asked, error) if asked else error
 
     def _room(self, source: str | Path) -> Room:
         text = str(source)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from lora_merge.errors import NetworkError
+from lora_merge.sources.base_models import find_model
 from tests.hub.client import ClientError
 from tests.hub.server import LocalHub
 from tests.sources.federation import Puller
@@ -121,3 +123,10 @@ def test_what_is_not_there_or_no_model_is_said(hub: LocalHub, find: Any) -> None
     hub.create("org/base", {"config.json": "{}", "pytorch_model.bin": "x"})
     with pytest.raises(ClientError, match=r"lack model\.safetensors; only safetensors are read"):
         find()
+
+
+def test_a_name_that_is_no_folder_either_is_said_to_be_none() -> None:
+    with pytest.raises(
+        NetworkError, match="There is no folder nobase here, and the Hub cannot be asked: nobase is not"
+    ):
+        find_model("nobase", print)

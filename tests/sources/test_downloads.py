@@ -82,8 +82,9 @@ def test_waits_are_shown_and_end_at_max_wait(hub: LocalHub, pull_once: Puller) -
     assert (ran.code, ran.err.splitlines()) == (
         5,
         [
-            "error: 127.0.0.1 answers 429 and asks to wait 3600 s; gave up after 0 s.",
-            "hint: No folder here is called org/client-* either. Try again later, or raise --max-wait.",
+            "error: There is no folder org/client-* here, and the Hub cannot be asked: "
+            "127.0.0.1 answers 429 and asks to wait 3600 s; gave up after 0 s.",
+            "hint: Try again later, or raise --max-wait.",
         ],
     )
 
@@ -128,7 +129,9 @@ def test_a_hub_that_cannot_be_reached_is_exit_5(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lora_merge", "aggregate", "org/client-*", "-o", "global", "--max-wait", "0"]
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (5, "")
-    assert ran.stderr.startswith("error: 127.0.0.1 cannot be reached")
+    assert ran.stderr.startswith(
+        "error: There is no folder org/client-* here, and the Hub cannot be asked: 127.0.0.1 cannot be reached"
+    )
 
 
 def start(hub: LocalHub, pull: Puller, xet: bool, *arguments: str) -> subprocess.Popen[str]:

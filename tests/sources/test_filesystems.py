@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
+from lora_merge.folding.onto import fold
 from lora_merge.pipeline import aggregate
 from lora_merge.sources.filesystems import FilesystemRoom
 from lora_merge.sources.reference import Advance, Candidate
@@ -153,7 +154,11 @@ def test_below_a_folder_of_this_machine_no_pattern_is_looked_for_on_the_hub_and_
         aggregate(["in/c*"], tmp_path / "global")
     with pytest.raises(NetworkError) as caught:  # an organisation's name may be that of a folder here
         aggregate(["in/c"], tmp_path / "global")
-    assert "No folder here is called in/c either." in caught.value.hint
+    assert caught.value.message.startswith("There is no folder in/c here, and the Hub cannot be asked: in/c has to be")
+    with pytest.raises(NetworkError, match="There is no folder in/new here, and the Hub") as caught:
+        fold(["in/a"], "in/new")
+    assert "--onto ./in/new" in caught.value.hint
+    assert fold(["in/a"], "./in/new").added == ["org/a"]
 
 
 def test_a_hub_that_must_not_be_asked_is_a_network_error(tmp_path: Path) -> None:

@@ -209,7 +209,8 @@ def test_a_folder_of_an_organisations_name_hides_none_of_its_repositories(hub: L
     assert [client["commit"] is None for client in ran.json["clients"]] == [False]
     ran = pull_once("org/globl", "--dry-run")
     assert ran.code == 4
-    assert "No folder here is called org/globl either. Did you mean org/global?" in ran.err
+    assert "There is no folder org/globl here. There is no org/globl on the Hub, or it is private" in ran.err
+    assert "Did you mean org/global?" in ran.err
     ran = pull_once("org/client-*", "--dry-run")  # clients to come may be waited for there
     assert ran.code == 4
     assert "Of the Hub: hf://org/client-*" in ran.err

@@ -54,7 +54,8 @@ def test_what_must_be_looked_up_is_refused(commits: dict[str, str], pull_once: P
     ran = pull_once(source, "-o", "global")
     assert (ran.code, ran.err.splitlines()[0]) == (
         5,
-        f"error: {source} has to be looked up on the Hub, and HF_HUB_OFFLINE is set.",
+        f"error: There is no folder {source} here, and the Hub cannot be asked: "
+        f"{source} has to be looked up on the Hub, and HF_HUB_OFFLINE is set.",
     )
 
 
