@@ -15,6 +15,8 @@ FILE_NAME = "aggregation.json"
 SCHEMA_VERSION = 1
 MAX_BYTES = 1 << 26
 
+_NO_BOUND = "no guarantee: no bound below 100 % is known"
+
 T = TypeVar("T")
 
 
@@ -80,7 +82,7 @@ class Certificate:
     def sentence(self) -> str:
         """The certificate in a line."""
         if self.measured_by == "bound":
-            return f"relative error at most {_error(self.whole)}" if self.whole else "no guarantee (no bound below 1)"
+            return f"relative error at most {_error(self.whole)}" if self.whole else _NO_BOUND
         if self.whole is None:
             return "not measured"
         return _measured(self.whole)

@@ -75,11 +75,26 @@ def test_a_truncated_mean_without_a_core_stands_for_itself_where_files_are_gone(
     aggregate(folders[:3], onto, method="svd", rank=4, screening=None)
     made = fold(folders[3:4], onto, screening=None)
     assert made.again is None
-    assert any("stands for those before itself" in warning for warning in made.warnings)
+    [said] = [warning for warning in made.warnings if CORE in warning]
+    assert f"has no {CORE}, and the files of the clients in it are not all there (Folders are" in said
+    assert "what that had cut off of their updates is lost" in said
+    assert "Name those clients' folders among the sources too" in said
     assert not (onto / CORE).exists()
     fold(folders[4:], onto, screening=None)
     assert error(onto, mean_of(folders)) <= bound_of(onto) < 1
     assert verify(onto, folders).verdict == "identical"
+
+
+def test_a_core_that_was_taken_away_is_told_of_and_comes_back_with_the_files(tmp_path: Path) -> None:
+    folders, onto = clients(tmp_path, 5, drift=0.02), tmp_path / "global"
+    fold(folders[:3], onto, method="svd", rank=4, screening=None)
+    (onto / CORE).unlink()
+    made = fold(folders[3:4], onto, screening=None)
+    assert any(f"has lost its {CORE}" in warning for warning in made.warnings)
+    made = fold(folders, onto, screening=None)
+    assert made.again
+    assert not made.warnings
+    assert (onto / CORE).exists()
 
 
 def test_a_truncated_mean_without_a_core_is_merged_again_where_files_are_there(tmp_path: Path) -> None:

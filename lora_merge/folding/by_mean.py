@@ -14,7 +14,7 @@ import torch
 from lora_merge.adapter import Client, Factors, FactorsSpec, Spec
 from lora_merge.aggregation.gram import squared_norm
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.peft_folder import CORE_NAME, PeftFolder
 from lora_merge.checkpoint.planned import Measured
 from lora_merge.folding.by_blocks import is_plain
 from lora_merge.folding.global_adapter import GlobalAdapter
@@ -22,7 +22,7 @@ from lora_merge.kept import ranks_in, ranks_of
 from lora_merge.ledger import Certificate
 
 STAND_IN = "all before"
-NO_CORE = "the global adapter was made without a core that arrivals can be folded into"
+NO_CORE = "the global adapter has no core that arrivals can be folded into"
 FEW_DIGITS = 1.005  # a certificate has three, rounded to the nearest
 FP32 = 1e-6  # of the norm: what products and sums in fp32 may be off
 
@@ -62,6 +62,17 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapp
     if ledger.method == "svd":
         return None if before.core else NO_CORE
     return None if ledger.dtype == "fp32" else f"a mean is not kept in {ledger.dtype}"
+
+
+def lost_without_core(before: GlobalAdapter, reason: str) -> str:
+    """What to tell where a truncated mean had to stand for its clients itself; `reason`: why they are not all there."""
+    has, rank = "has lost its" if CORE_NAME in (before.ledger.files or ()) else "has no", before.ledger.options["rank"]
+    return (
+        f"{before.place} {has} {CORE_NAME}, and the files of the clients in it are not all there "
+        f"({reason.removesuffix('.')}). Its rank-{rank} mean stood for them: what that had cut off of their updates is "
+        "lost, and the certificate may have no bound for it. Name those clients' folders among the sources too, and all "
+        "are merged again, with a new core."
+    )
 
 
 def with_stand_in(

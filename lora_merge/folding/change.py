@@ -115,9 +115,7 @@ def parts_of(
         except NotFoundError as error:
             if why != by_mean.NO_CORE:
                 raise
-            note = (
-                f"The truncated mean stands for those before itself; their files are not all there: {error.__cause__}"
-            )
+            note = by_mean.lost_without_core(before, str(error.__cause__))
             yield replace(_by_itself(change, clients, by_mean.with_stand_in, device), note=note)
             return
         folders: dict[str, PeftFolder] = {client: new.get(client) or files[client] for client in change.weights}
