@@ -6,6 +6,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from lora_merge.hub.client import hub_session
 from lora_merge.hub.transfer import within
 from lora_merge.interrupts import leave_to_main
@@ -55,3 +57,37 @@ def test_a_ctrl_c_that_an_import_swallows_is_not_lost(tmp_path: Path) -> None:
     )
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr.startswith("error: Interrupted")
+
+
+PRESSED = """
+import atexit, os, signal, sys
+def press(name, *_):
+    if name == {moment!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, type("Finder", (), dict(find_spec=staticmethod(press))))
+atexit.register(press, "the end")
+from lora_merge.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["lora_merge.cli.main", "typer", "lora_merge.cli.settings_file", "the end"])
+def test_a_ctrl_c_before_a_command_begins_or_after_it_has_ended_is_quiet(moment: str) -> None:
+    command = [sys.executable, "-c", PRESSED.format(moment=moment), "--version"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "")
+
+
+def test_a_second_ctrl_c_after_the_first_was_told_is_quiet(tmp_path: Path) -> None:
+    """As it ends, an interpreter waits for its threads."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, threading, time\n"
+        "def again():\n    time.sleep(1)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(20)\n"
+        "threading.Thread(target=again).start()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    command = [sys.executable, "-m", "lora_merge", "aggregate", "a", "--output", "b"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=15)
+    assert ran.returncode == 130
+    assert ran.stderr.startswith("error: Interrupted")
+    assert "Traceback" not in ran.stderr

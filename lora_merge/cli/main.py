@@ -67,7 +67,7 @@ app.add_typer(recipes_app, name="recipes")
 
 
 def main() -> None:
-    """The console script. A wrong command line is exit 2, as JSON where ``--json`` was asked for."""
+    """The command line. A wrong one is exit 2, as JSON where ``--json`` was asked for."""
     open_streams()
     _let_imports_be()
     try:
