@@ -238,7 +238,7 @@ def _allow_open_files(count: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
             f"{count} clients need {needed} open files, and this system allows {hard}.",
-            hint=f"Raise the limit (ulimit -Hn {needed}), or merge in parts.",
+            hint=f"Raise the limit (ulimit -Hn {needed}), or merge in parts, and these with --allow-merged.",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

@@ -34,6 +34,7 @@ from lora_merge.cli.robust import (
 from lora_merge.cli.screening import (
     AllowDominantOption,
     AllowListOption,
+    AllowMergedOption,
     AllowOutliersOption,
     CapExamplesOption,
     DropDuplicatesOption,
@@ -131,6 +132,7 @@ def aggregate(
     drop_duplicates: DropDuplicatesOption = False,
     exclude: ExcludeOption = None,
     skip_rejected: SkipRejectedOption = False,
+    allow_merged: AllowMergedOption = False,
     max_wait: MaxWaitOption = MAX_WAIT,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
@@ -163,7 +165,14 @@ def aggregate(
         chosen = weights_given(of["weights"], of["weight"] or [])
         named = sources_of(sources)
         screening = screening_of(
-            cap_examples, allow_dominant, allow_outliers, allow_list, drop_duplicates, exclude, skip_rejected
+            cap_examples,
+            allow_dominant,
+            allow_outliers,
+            allow_list,
+            drop_duplicates,
+            exclude,
+            skip_rejected,
+            allow_merged,
         )
         options: dict[str, Any] = {
             "method": method,

@@ -18,6 +18,9 @@ AllowDominantOption = Annotated[
 AllowOutliersOption = Annotated[
     bool, typer.Option("--allow-outliers", help="Go on where one update is far larger than the others.")
 ]
+AllowMergedOption = Annotated[
+    bool, typer.Option("--allow-merged", help="Take a merged adapter that is named as one more client.")
+]
 AllowListOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Refuse every source not in this file: one a line, or a *; no client ids."),
@@ -41,10 +44,18 @@ def screening_of(
     drop_duplicates: bool,
     exclude: Sequence[str] | None,
     skip_rejected: bool,
+    allow_merged: bool,
 ) -> "Screening":
     """The options together."""
     from lora_merge.screening.stops import Screening
 
     return Screening(
-        cap_examples, allow_dominant, allow_outliers, allow_list, tuple(exclude or ()), drop_duplicates, skip_rejected
+        cap_examples,
+        allow_dominant,
+        allow_outliers,
+        allow_list,
+        tuple(exclude or ()),
+        drop_duplicates,
+        skip_rejected,
+        allow_merged,
     )

@@ -87,7 +87,10 @@ def clients_among(candidates: Sequence[Candidate], selection: Selection) -> list
             clients.append(candidate)
             continue
         ref, reason = candidate.ref, "is that of a merged adapter, and only clients' adapters are merged"
-        hint = f"Name the clients of {ref.source} themselves; or bring others into it: --onto {shlex.quote(ref.place)}."
+        hint = (
+            f"Name the clients of {ref.source} themselves, or bring others into it: --onto {shlex.quote(ref.place)}. "
+            "Where none of them is here too, it may be one more client: --allow-merged."
+        )
         selection.refuse(ref, [Problem(ref.source, LEDGER_NAME, reason)], hint=hint)
     return clients
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lora_merge import aggregate
 from lora_merge.errors import RefusedError
+from lora_merge.screening.stops import Screening
 from tests import models
 from tests.adapters import KINDS, PLAIN, Kind, clients, edited
 from tests.conftest import Federations, digests
@@ -16,6 +17,7 @@ from tests.dense import error, mean_model
 
 Folders = tuple[Path, ...]
 TOLERANCE = 5e-6
+MERGED = Screening(allow_merged=True)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -24,20 +26,22 @@ def test_a_merged_adapter_merged_alone_is_the_same_function(
 ) -> None:
     made = federations(kind)
     aggregate(made.clients, tmp_path / "once", base=made.base_argument)
-    aggregate([tmp_path / "once"], tmp_path / "twice", weights="uniform", base=made.base_argument)
+    aggregate([tmp_path / "once"], tmp_path / "twice", weights="uniform", base=made.base_argument, screening=MERGED)
     assert error(kind, tmp_path / "twice", mean_model(kind, made.clients, kind.weights)) < TOLERANCE
 
 
 def test_two_halves_merged_apart_and_then_together_are_the_whole(plain: Folders, tmp_path: Path) -> None:
     aggregate(plain[:2], tmp_path / "half")
-    aggregate([tmp_path / "half", plain[2]], tmp_path / "global", weights={"half": 30, "org/client-2": 30})
+    aggregate(
+        [tmp_path / "half", plain[2]], tmp_path / "global", weights={"half": 30, "org/client-2": 30}, screening=MERGED
+    )
     assert error(PLAIN, tmp_path / "global", mean_model(PLAIN, plain, PLAIN.weights)) < TOLERANCE
 
 
 def test_half_precision_survives_being_merged_again(plain: Folders, tmp_path: Path) -> None:
     aggregate(plain, tmp_path / "bf16", dtype="bf16")
     assert {t.dtype for t in load_file(tmp_path / "bf16" / "adapter_model.safetensors").values()} == {torch.bfloat16}
-    aggregate([tmp_path / "bf16"], tmp_path / "again", weights="uniform")
+    aggregate([tmp_path / "bf16"], tmp_path / "again", weights="uniform", screening=MERGED)
     assert error(PLAIN, tmp_path / "again", mean_model(PLAIN, [tmp_path / "bf16"], [1.0])) < TOLERANCE
 
 
@@ -109,7 +113,7 @@ def test_a_rank_above_1024_is_accepted_of_a_merged_adapter_only(tmp_path: Path) 
     folders = [write_client(tmp_path / f"client-{i}", seed=i, modules=1, width=1100, rank=600) for i in range(2)]
     wide = aggregate(folders, tmp_path / "global", certificate="off")
     assert any("--rank" in warning for warning in wide.warnings)  # servers refuse a rank above 512
-    aggregate([tmp_path / "global"], tmp_path / "again", weights="uniform", certificate="off")
+    aggregate([tmp_path / "global"], tmp_path / "again", weights="uniform", certificate="off", screening=MERGED)
     stranger = edited(tmp_path / "global", tmp_path / "stranger")
     (stranger / "aggregation.json").unlink()
     with pytest.raises(RefusedError, match="1024"):

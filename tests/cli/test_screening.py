@@ -254,6 +254,20 @@ def test_who_claims_an_id_too_is_excluded_as_the_hint_says(
         assert sorted(weights()) == sorted(["org/b", "org/c", claimed])
 
 
+@pytest.mark.usefixtures("four")
+def test_a_merged_adapter_is_a_client_only_where_the_user_says_so(lora_merge: Run) -> None:
+    assert lora_merge("aggregate", "a", "b", "-o", "half", "-q")[0] == 0
+    given = [word for name, n in {"half": 200, "c": 100, "d": 100}.items() for word in ("--weight", f"{name}={n}")]
+    run = ("aggregate", "half", "c", "d", "-o", "global", *given)
+    code, _, err = lora_merge(*run)
+    assert code == 3
+    assert "--onto half." in err
+    assert "--allow-merged" in err
+    assert lora_merge(*run, "--allow-merged")[0] == 0
+    assert weights() == {"half": 200, "org/c": 100, "org/d": 100}
+    assert lora_merge("verify", "global", "half", "c", "d")[0] == 0
+
+
 def test_a_strangers_name_reaches_neither_the_terminal_nor_the_ledger_as_it_is(lora_merge: Run, tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b", f"{ESCAPE}c\nerror: no")):
         client(tmp_path / name, seed=seed, num_examples=None)
