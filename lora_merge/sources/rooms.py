@@ -127,12 +127,9 @@ class Rooms:
         return "repository" if room is vars(self).get("_hub") else "url"
 
     def _say_what_is_here(self, sources: Sequence[str | Path]) -> None:
-        """Of sources that look alike, some may be folders here while others are of the Hub: say which.
-
-        Where none is of the Hub, whoever names his folders need not be told that they are.
-        """
+        """A folder wins over a repository of its name, and says so."""
         here = [each for each in sources if isinstance(each, str) and _REPOSITORY.fullmatch(each) and is_folder(each)]
-        if here and any(self.kind(each) == "repository" for each in sources):
+        if here:
             names = ", ".join(dict.fromkeys(here))
             self._tell(f"Folders here, read from this machine: {names}. Of the Hub: hf://{here[0]}")
 
