@@ -29,13 +29,19 @@ def write_clients(root: Path, count: int, *, files: Sequence[Path] = (), layers:
     root.mkdir(parents=True, exist_ok=True)
     folders = [root / f"client-{index:03}" for index in range(count)]
     for index, folder in enumerate(folders):
-        folder.mkdir()
-        if files:
-            os.link(files[index % len(files)], folder / WEIGHTS)
-        else:
-            _write_tensors(folder / WEIGHTS, index, layers)
-        _write_records(folder, 100 + index)
+        write_client(folder, index, linked=files[index % len(files)] if files else None, layers=layers)
     return folders
+
+
+def write_client(folder: Path, index: int, *, linked: Path | None = None, layers: int = LAYERS) -> Path:
+    """One client's folder, with tensors of its own or with `linked` as a hard link."""
+    folder.mkdir()
+    if linked:
+        os.link(linked, folder / WEIGHTS)
+    else:
+        _write_tensors(folder / WEIGHTS, index, layers)
+    _write_records(folder, 100 + index)
+    return folder
 
 
 def _write_records(folder: Path, num_examples: int) -> None:
