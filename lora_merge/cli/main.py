@@ -16,10 +16,11 @@ from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
 from lora_merge.cli.inspect import inspect
-from lora_merge.cli.output import SCHEMA_VERSION, Output, discard, open_streams
+from lora_merge.cli.output import SCHEMA_VERSION, Output
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults, set_elsewhere
+from lora_merge.cli.streams import discard, open_streams
 from lora_merge.cli.train import train
 from lora_merge.cli.verify import verify
 from lora_merge.cli.watch import watch

@@ -3,29 +3,25 @@
 Nothing that came from a file or a stranger reaches the terminal unless it went through `printable`.
 """
 
-import io
 import json
-import os
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_merge.cli.settings_file import set_elsewhere
+from lora_merge.cli.streams import discard, open_streams
 from lora_merge.errors import LoraMergeError, RefusedError, StorageError, UsageError, one_line
+from lora_merge.interrupts import keyboard_interrupts
 
 if TYPE_CHECKING:  # rich is imported where something is drawn: --help draws nothing with it
     from rich.console import Console, RenderableType
-    from rich.progress import Progress
     from rich.text import Text
 
 SCHEMA_VERSION = 1
@@ -46,23 +42,6 @@ def plain(text: object) -> "Text":
     from rich.text import Text
 
     return Text(printable(text))
-
-
-def open_streams() -> None:
-    """See to it that whatever is printed can be: by its escapes, where a locale has no é; to nowhere, if closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # the next file to be opened must not get its place
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def discard(stream: TextIO) -> None:
-    """Send what is left in a stream that cannot be written, and all that follows, to nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 @dataclass
@@ -141,7 +120,9 @@ class Output:
         if self.quiet or self.as_json or not self._stderr.is_terminal:
             yield lambda steps: None
             return
-        with _bar(self._stderr, unit) as bar:
+        from lora_merge.cli.bar import bar_of
+
+        with bar_of(self._stderr, unit) as bar:
             task = bar.add_task(one_line(what), total=total)
             yield lambda steps: bar.advance(task, steps)
 
@@ -152,7 +133,7 @@ class Output:
         `resume` is what to say after Ctrl-C: the command that goes on from here.
         """
         try:
-            with _ctrl_c():
+            with keyboard_interrupts():
                 yield
         except LoraMergeError as error:
             where = set_elsewhere(error.message) if error.exit_code == UsageError.exit_code else ""
@@ -227,70 +208,3 @@ def _fold(drawn: Any) -> None:
         _fold(part)
     for column in getattr(drawn, "columns", ()):
         column.overflow = "fold"
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[None]:
-    """KeyboardInterrupt for whatever an interrupt ends in: inside a lock's wait Python makes a RuntimeError of it.
-
-    Inside an import it may be lost, since numpy and torch drop what is raised in the middle of theirs: so it waits for
-    the end of that.
-    """
-    interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        if _is_importing(frame):
-            signal.setitimer(signal.ITIMER_REAL, 0.005)
-        else:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
-        yield
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    alarm = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        yield
-    except Exception as error:
-        if interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, alarm)
-        signal.signal(signal.SIGINT, before)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _bar(console: "Console", unit: str) -> "Progress":
-    from rich import progress
-    from rich.text import Text
-
-    class Rate(progress.ProgressColumn):
-        def render(self, task: progress.Task) -> Text:
-            return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-    counts: tuple[progress.ProgressColumn, ...] = (
-        progress.MofNCompleteColumn(),
-        progress.TextColumn(unit),
-        Rate(),
-    )
-    if unit == "bytes":
-        counts = (progress.DownloadColumn(), progress.TransferSpeedColumn())
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        *counts,
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    return progress.Progress(*columns, console=console, transient=True)
