@@ -14,8 +14,8 @@ from typing import Any
 from lora_merge.adapter import FactorsSpec
 from lora_merge.agreement import is_local
 from lora_merge.checkpoint.config import AdapterConfig, read_config
-from lora_merge.checkpoint.layout import Updates
 from lora_merge.checkpoint.peft_folder import Description
+from lora_merge.checkpoint.updates import Updates
 from lora_merge.errors import Malformed
 from lora_merge.ledger import Contribution
 from lora_merge.statement import SCHEMA_VERSION, Statement, StatementError

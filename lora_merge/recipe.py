@@ -1,4 +1,4 @@
-"""A recipe: the settings that every client of a federation shares. Load, override, digest, list, copy.
+"""A recipe: the settings that every client of a federation shares. Read, checked, overridden, digested.
 
 A recipe is a YAML file beside the script that it names. Loading is strict: an unknown, missing or wrongly typed
 setting is an error, and all of them are reported at once. See `recipes/README.md` for what each setting means.
@@ -7,7 +7,6 @@ setting is an error, and all of them are reported at once. See `recipes/README.m
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lora_merge.errors import NotFoundError, UsageError, meant
+from lora_merge.errors import UsageError, meant
 from lora_merge.recipe_form import CHECKS, read_yaml
 
 FEDERATION = re.compile(r"(?P<repo>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)(?:@(?P<revision>[^\s@]+))?")
@@ -118,25 +117,6 @@ class LoadedRecipe:
         return f"{self.agreed.repo}@{self.agreed.commit}" if self.agreed else self.recipe.name
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """Read a recipe, by the name of a shipped one or the path of a YAML file.
-
-    Args:
-        name_or_path: `laptop`, or `./ours.yaml`.
-        overrides: texts `KEY=VALUE`, the value read as YAML.
-
-    Raises:
-        NotFoundError: there is no such recipe.
-        UsageError: settings are unknown, missing or wrong; all are named.
-    """
-    path = find(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a YAML file: {_said(error)}") from error
-    return read(text, path, overrides)
-
-
 def read(text: str, path: Path, overrides: Sequence[str] = (), agreed: Agreed | None = None) -> LoadedRecipe:
     """Read a recipe's text, which lies at `path`; raises `UsageError` as `load` does."""
     data = _parse(text, path)
@@ -170,87 +150,17 @@ def check(data: Mapping[str, Any], where: str) -> Recipe:
     return Recipe(**values)
 
 
-def folder() -> Path:
-    """Where the shipped recipes are: inside the installed package, or in the checkout beside it."""
-    package = Path(__file__).parent
-    installed = package / "_recipes"
-    return installed if installed.is_dir() else package.parent / "recipes"
-
-
-def shipped() -> list[Path]:
-    """The shipped recipes' YAML files, sorted by name."""
-    return sorted(folder().glob("*.yaml"))
-
-
-def find(name_or_path: str) -> Path:
-    """The YAML file of a shipped recipe's name, or of a path (which holds a slash or ends in .yaml or .yml)."""
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or "/" in name_or_path or "\\" in name_or_path:
-        if not path.is_file():
-            raise NotFoundError(f"There is no recipe file {name_or_path}.", hint="lora-merge recipes list")
-        return path
-    names = [entry.stem for entry in shipped()]
-    if name_or_path not in names:
-        raise NotFoundError(
-            f"There is no shipped recipe {name_or_path!r}{meant(name_or_path, names)}; there are {', '.join(names)}.",
-            hint="lora-merge recipes list. A recipe of your own is given as a path: ./NAME.yaml",
-        )
-    return folder() / f"{name_or_path}.yaml"
-
-
-def is_repository(recipe: str) -> bool:
-    """Whether a recipe is given as a federation, `org/name` or `org/name@revision`. A file that is there is a file."""
-    is_file = recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file()
-    return not is_file and FEDERATION.fullmatch(recipe) is not None
-
-
-def script_of(loaded: LoadedRecipe) -> Path:
-    """The script that a recipe names: beside its YAML file, else among the shipped ones.
-
-    A script is never downloaded, and one that lies beside a federation's file in some cache is not run.
-    """
-    for place in (folder(),) if loaded.agreed else (loaded.path.parent, folder()):
-        if (place / loaded.recipe.script).is_file():
-            return place / loaded.recipe.script
-    if loaded.agreed:
-        raise NotFoundError(
-            f"{loaded.name} names the script {loaded.recipe.script}, which this version does not ship.",
-            hint="A federation's scripts are the shipped ones; another version of lora-merge may have it.",
-        )
-    raise NotFoundError(
-        f"{loaded.path} names the script {loaded.recipe.script}, which is neither beside it nor shipped.",
-        hint=f"Put {loaded.recipe.script} into {loaded.path.parent}, or copy a shipped one: lora-merge recipes copy",
-    )
-
-
-def copy(name: str, destination: Path, *, force: bool = False) -> list[Path]:
-    """Copy a shipped recipe's YAML and script into the folder `destination`; returns the two new files.
-
-    Raises:
-        UsageError: a file is already there, and `force` is not set.
-    """
-    loaded = load(name)
-    sources = (loaded.path, script_of(loaded))
-    targets = [destination / source.name for source in sources]
-    if not force and (there := [str(target) for target in targets if target.exists()]):
-        raise UsageError(f"Already there: {', '.join(there)}.", hint="--force replaces; or name another folder.")
-    destination.mkdir(parents=True, exist_ok=True)
-    for source, target in zip(sources, targets, strict=True):
-        shutil.copyfile(source, target)
-    return targets
-
-
 def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         data = read_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: not a YAML file: {_said(error)}") from error
+        raise UsageError(f"{path}: not a YAML file: {what_is_wrong(error)}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise UsageError(f"{path}: not a recipe: must be a mapping from setting to value.")
     return data
 
 
-def _said(error: Exception) -> str:
+def what_is_wrong(error: Exception) -> str:
     """What is wrong and where, in one line; a YAML error itself draws the place over several."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -267,7 +177,7 @@ def _override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), read_yaml(value)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not YAML: {_said(error)}") from error
+        raise UsageError(f"--set {text}: the value is not YAML: {what_is_wrong(error)}") from error
 
 
 def _without_rival(data: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ ROWS = (
     ("intake", "kept"),
     ("screening", "training"),
     ("agreement", "options", "sources"),
-    ("card", "checkpoint", "environment", "hub"),
+    ("card", "checkpoint", "environment", "hub", "recipe_files"),
     ("aggregation", "ledger", "lock", "recipe"),
     ("adapter", "ledger_form", "recipe_form", "statement"),
     ("errors", "interrupts"),

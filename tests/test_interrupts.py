@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge.hub.client import hub_session
+from lora_merge.hub.session import hub_session
 from lora_merge.hub.transfer import within
 from lora_merge.interrupts import leave_to_main
 from lora_merge.sources.parallel import for_each

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_merge import recipe
+from lora_merge import recipe_files
 from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.recipe import Recipe
 
 SETTINGS: dict[str, Any] = {
     "name": "ours",
@@ -60,15 +61,15 @@ def write(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("path", recipe.shipped(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipe_files.shipped(), ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_under_its_files_name_and_has_its_script(path: Path) -> None:
-    loaded = recipe.load(path.stem)
+    loaded = recipe_files.load(path.stem)
     assert loaded.recipe.name == path.stem
-    assert recipe.script_of(loaded).parent == recipe.folder()
+    assert recipe_files.script_of(loaded).parent == recipe_files.folder()
 
 
 def test_the_papers_recipes_hold_the_papers_settings() -> None:
-    found = [recipe.load(path.stem).recipe for path in recipe.shipped() if path.stem.startswith("paper-")]
+    found = [recipe_files.load(path.stem).recipe for path in recipe_files.shipped() if path.stem.startswith("paper-")]
     assert len(found) == 4
     for paper in found:
         assert (paper.r, paper.lora_alpha, paper.lora_dropout) == (16, 32, 0.05)
@@ -84,11 +85,11 @@ def test_the_papers_recipes_hold_the_papers_settings() -> None:
 
 
 def test_all_shipped_recipes_start_lora_A_from_one_seed() -> None:
-    assert len({recipe.load(path.stem).recipe.seed_lora_A for path in recipe.shipped()}) == 1
+    assert len({recipe_files.load(path.stem).recipe.seed_lora_A for path in recipe_files.shipped()}) == 1
 
 
 def test_the_digest_ignores_name_comments_order_and_spelling(tmp_path: Path) -> None:
-    first = recipe.load(write(tmp_path)).digest
+    first = recipe_files.load(write(tmp_path)).digest
     lines = Path(write(tmp_path, name="another")).read_text(encoding="utf-8").splitlines()
     respelt = ["# ours"] + [
         line.replace("0.001", "1e-3") for line in reversed(lines) if not line.startswith(("- ", "t"))
@@ -96,26 +97,27 @@ def test_the_digest_ignores_name_comments_order_and_spelling(tmp_path: Path) -> 
     (tmp_path / "other.yaml").write_text(
         "\n".join([*respelt, "target_modules: [v_proj, q_proj, q_proj]"]), encoding="utf-8"
     )
-    assert recipe.load(str(tmp_path / "other.yaml")).digest == first
+    assert recipe_files.load(str(tmp_path / "other.yaml")).digest == first
 
 
 def test_the_digest_is_the_one_that_every_release_has_computed(tmp_path: Path) -> None:
-    assert recipe.load(write(tmp_path)).digest == "df0f21ee2c888b15ef03d76e586e8cf82e5392d381f92165a52fdfc44d114851"
+    digest = recipe_files.load(write(tmp_path)).digest
+    assert digest == "df0f21ee2c888b15ef03d76e586e8cf82e5392d381f92165a52fdfc44d114851"
 
 
 @pytest.mark.parametrize("key", sorted(OTHER))
 def test_the_digest_changes_with_each_setting(key: str, tmp_path: Path) -> None:
-    assert recipe.load(write(tmp_path, **{key: OTHER[key]})).digest != recipe.load(write(tmp_path)).digest
+    assert recipe_files.load(write(tmp_path, **{key: OTHER[key]})).digest != recipe_files.load(write(tmp_path)).digest
 
 
 def test_another_setting_is_tried_for_every_setting() -> None:
-    assert set(OTHER) | {"name", "epochs"} == {entry.name for entry in dataclasses.fields(recipe.Recipe)}
+    assert set(OTHER) | {"name", "epochs"} == {entry.name for entry in dataclasses.fields(Recipe)}
 
 
 def test_all_problems_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, learning_rat=1, r=0, seed=..., dtype="int4", lora_alpha=True)
     with pytest.raises(UsageError) as caught:
-        recipe.load(path)
+        recipe_files.load(path)
     message = caught.value.message
     assert "learning_rat is not a setting (did you mean learning_rate?)" in message
     assert "seed is missing" in message
@@ -150,42 +152,42 @@ def test_all_problems_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_a_wrong_value_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="steps|epochs" if key in ("steps", "epochs") else key):
-        recipe.load(write(tmp_path, **{key: value}))
+        recipe_files.load(write(tmp_path, **{key: value}))
 
 
 def test_a_setting_that_comes_twice_is_refused(tmp_path: Path) -> None:
     path = Path(write(tmp_path))
     path.write_text(path.read_text(encoding="utf-8") + "r: 8\n", encoding="utf-8")
     with pytest.raises(UsageError, match="r comes twice"):
-        recipe.load(str(path))
+        recipe_files.load(str(path))
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "a: [", "just words\n", "", "1: 2\n", "!!python/object:os.system {}\n"])
 def test_what_is_not_a_mapping_of_settings_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "ours.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=r"ours\.yaml"):
-        recipe.load(str(tmp_path / "ours.yaml"))
+        recipe_files.load(str(tmp_path / "ours.yaml"))
 
 
 def test_an_override_is_typed_and_recorded_beside_the_digest_of_the_file(tmp_path: Path) -> None:
     path = write(tmp_path)
-    loaded = recipe.load(path, ["learning_rate=2e-3", "target_modules=[o_proj]", "base_commit=null", "r=4"])
+    loaded = recipe_files.load(path, ["learning_rate=2e-3", "target_modules=[o_proj]", "base_commit=null", "r=4"])
     assert loaded.recipe.learning_rate == 0.002
     assert loaded.recipe.target_modules == ("o_proj",)
     assert loaded.overrides == {
         "learning_rate": 0.002, "target_modules": ["o_proj"], "base_commit": None, "r": 4,
     }  # fmt: skip
-    assert loaded.digest == recipe.load(path).digest
+    assert loaded.digest == recipe_files.load(path).digest
     assert loaded.digest != loaded.recipe.digest()
 
 
 def test_overriding_epochs_replaces_steps_and_the_other_way_round(tmp_path: Path) -> None:
     path = write(tmp_path)
-    assert recipe.load(path, ["epochs=2"]).recipe.steps is None
-    assert recipe.load(path, ["epochs=2"]).recipe.epochs == 2.0
-    assert recipe.load(path, ["epochs=2", "steps=null"]).recipe.epochs == 2.0
+    assert recipe_files.load(path, ["epochs=2"]).recipe.steps is None
+    assert recipe_files.load(path, ["epochs=2"]).recipe.epochs == 2.0
+    assert recipe_files.load(path, ["epochs=2", "steps=null"]).recipe.epochs == 2.0
     with pytest.raises(UsageError, match="exactly one"):
-        recipe.load(path, ["epochs=2", "steps=5"])
+        recipe_files.load(path, ["epochs=2", "steps=5"])
 
 
 @pytest.mark.parametrize(
@@ -201,43 +203,43 @@ def test_overriding_epochs_replaces_steps_and_the_other_way_round(tmp_path: Path
 )
 def test_a_wrong_override_is_refused(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=told):
-        recipe.load(write(tmp_path), [text])
+        recipe_files.load(write(tmp_path), [text])
 
 
 def test_an_override_cannot_repair_a_wrong_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="r must be"):
-        recipe.load(write(tmp_path, r=0), ["r=4"])
+        recipe_files.load(write(tmp_path, r=0), ["r=4"])
 
 
 def test_an_unknown_name_is_not_found_and_the_nearest_is_told() -> None:
     with pytest.raises(NotFoundError, match="did you mean laptop"):
-        recipe.load("labtop")
+        recipe_files.load("labtop")
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"gone\.yaml"):
-        recipe.load(str(tmp_path / "gone.yaml"))
+        recipe_files.load(str(tmp_path / "gone.yaml"))
 
 
 def test_a_script_beside_the_recipe_goes_before_the_shipped_one(tmp_path: Path) -> None:
-    loaded = recipe.load(write(tmp_path))
-    assert recipe.script_of(loaded) == recipe.folder() / "text.py"
+    loaded = recipe_files.load(write(tmp_path))
+    assert recipe_files.script_of(loaded) == recipe_files.folder() / "text.py"
     (tmp_path / "text.py").write_text("", encoding="utf-8")
-    assert recipe.script_of(loaded) == tmp_path / "text.py"
+    assert recipe_files.script_of(loaded) == tmp_path / "text.py"
 
 
 def test_a_script_that_is_nowhere_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"mine\.py"):
-        recipe.script_of(recipe.load(write(tmp_path, script="mine.py")))
+        recipe_files.script_of(recipe_files.load(write(tmp_path, script="mine.py")))
 
 
 def test_a_copy_loads_to_the_same_digest_and_never_overwrites_unasked(tmp_path: Path) -> None:
-    files = recipe.copy("laptop", tmp_path / "new" / "folder")
+    files = recipe_files.copy("laptop", tmp_path / "new" / "folder")
     assert [path.name for path in files] == ["laptop.yaml", "text.py"]
-    assert recipe.load(str(files[0])).digest == recipe.load("laptop").digest
+    assert recipe_files.load(str(files[0])).digest == recipe_files.load("laptop").digest
     files[1].write_text("mine", encoding="utf-8")
     with pytest.raises(UsageError, match="Already there"):
-        recipe.copy("laptop", tmp_path / "new" / "folder")
+        recipe_files.copy("laptop", tmp_path / "new" / "folder")
     assert files[1].read_text(encoding="utf-8") == "mine"
-    recipe.copy("laptop", tmp_path / "new" / "folder", force=True)
-    assert files[1].read_bytes() == (recipe.folder() / "text.py").read_bytes()
+    recipe_files.copy("laptop", tmp_path / "new" / "folder", force=True)
+    assert files[1].read_bytes() == (recipe_files.folder() / "text.py").read_bytes()

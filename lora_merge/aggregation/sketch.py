@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapter import Adapter, Factors, FactorsSpec, Spec, Update
-from lora_merge.aggregation import gram, lowrank
+from lora_merge.aggregation import inner_products, lowrank
 
 ROWS = 4  # of U and of V: 16 numbers a module
 
@@ -67,7 +67,7 @@ def sketch_of(update: Factors) -> Tensor:
     square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
     values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double().cpu()
     if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
-        square = gram.squared_norm(update)
+        square = inner_products.squared_norm(update)
     found = max(0.0, square) if math.isfinite(square) else math.inf
     return torch.cat([torch.tensor([found], dtype=torch.float64), update.scaling * values])
 

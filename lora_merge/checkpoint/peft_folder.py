@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_merge import ledger, ledger_form, lock
 from lora_merge.adapter import FactorsSpec, Spec, Update
 from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
-from lora_merge.checkpoint.layout import Stored, Updates, find_updates, owner_of
+from lora_merge.checkpoint.layout import Stored, owner_of
 from lora_merge.checkpoint.safetensors_file import (
     FileRefused,
     SafetensorsFile,
@@ -18,6 +18,7 @@ from lora_merge.checkpoint.safetensors_file import (
     open_safetensors,
     parse_json,
 )
+from lora_merge.checkpoint.updates import Updates, find_updates
 from lora_merge.errors import NotFoundError, Problem
 from lora_merge.statement import FILE_NAME, MAX_BYTES, Statement, StatementError
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapter import FactorsSpec, FullSpec
-from lora_merge.aggregation import gram
+from lora_merge.aggregation import gram, inner_products
 from lora_merge.aggregation.dora import NotPositive
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.schedule import Advance, over
@@ -32,7 +32,7 @@ def gram_of(federation: Federation, threads: ThreadPoolExecutor, advance: Advanc
 def _part(federation: Federation, name: str) -> Tensor | None:
     try:
         return _of(federation, name, [client.id for client in federation.clients])
-    except gram.NotFinite as error:
+    except inner_products.NotFinite as error:
         raise RefusedError([Problem("all clients", error.name, "their inner products are not finite")]) from error
     except NotPositive as error:
         client = error.share.client if error.share else "all clients"
@@ -42,12 +42,12 @@ def _part(federation: Federation, name: str) -> Tensor | None:
 def _of(federation: Federation, name: str, clients: list[str]) -> Tensor | None:
     spec = federation.spec(name)
     if isinstance(spec, FactorsSpec):
-        return gram.of_module(federation.module(name), clients)
+        return inner_products.of_module(federation.module(name), clients)
     if isinstance(spec, FullSpec):
-        return gram.of_value(federation.value(name), name, clients)
+        return inner_products.of_value(federation.value(name), name, clients)
     found = torch.zeros(len(clients), len(clients), dtype=torch.float64)
     for value in federation.token_values(name).values():
-        part = gram.of_value(value, name, clients)
+        part = inner_products.of_value(value, name, clients)
         if part is None:
             return None
         found += part

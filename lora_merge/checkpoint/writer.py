@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
 from lora_merge.checkpoint.config import AdapterConfig
-from lora_merge.checkpoint.layout import lora_r, owner_of, parameters_of, saved_module
+from lora_merge.checkpoint.layout import lora_r, owner_of
 from lora_merge.checkpoint.naming import Endings, Pattern
 from lora_merge.checkpoint.safetensors_file import ITEM_BYTES
+from lora_merge.checkpoint.updates import parameters_of, saved_module
 
 if TYPE_CHECKING:
     from torch import Tensor

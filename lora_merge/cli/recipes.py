@@ -17,7 +17,7 @@ recipes_app = typer.Typer(help="The shipped recipes: what every client of a fede
 
 def recipe_names() -> list[str]:
     """Of the shipped recipes, for a shell to complete."""
-    from lora_merge.recipe import shipped
+    from lora_merge.recipe_files import shipped
 
     return [path.stem for path in shipped()]
 
@@ -44,7 +44,7 @@ def list_recipes(as_json: JsonOption = False, quiet: QuietOption = False, debug:
     """
     out = Output(as_json, quiet, debug)
     with out.reporting():
-        from lora_merge.recipe import load, shipped
+        from lora_merge.recipe_files import load, shipped
 
         recipes = [load(path.stem) for path in shipped()]
         names = [loaded.recipe.name for loaded in recipes]
@@ -61,7 +61,7 @@ def show(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting():
-        from lora_merge.recipe import load
+        from lora_merge.recipe_files import load
 
         loaded = load(name)
         text = loaded.path.read_text(encoding="utf-8").rstrip()
@@ -83,9 +83,9 @@ def copy(
     """
     out = Output(as_json, quiet, debug)
     with out.reporting():
-        from lora_merge import recipe
+        from lora_merge import recipe_files
 
-        files = [str(path) for path in recipe.copy(name, destination, force=force)]
+        files = [str(path) for path in recipe_files.copy(name, destination, force=force)]
         out.result({"files": files}, made=files[0], show=lambda: plain("\n".join(files)))
 
 

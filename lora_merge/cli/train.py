@@ -87,7 +87,7 @@ def run_script(script: "Script") -> None:
 
 def _recipe(out: Output, name: str, overrides: list[str], max_wait: float) -> "LoadedRecipe":
     """The recipe: a shipped one, a file, or that of a federation on the Hub."""
-    from lora_merge.recipe import is_repository, load
+    from lora_merge.recipe_files import is_repository, load
 
     if not is_repository(name):
         return load(name, overrides)
@@ -101,7 +101,7 @@ def _script(loaded: "LoadedRecipe") -> "Script":
     import runpy
 
     from lora_merge.errors import UsageError
-    from lora_merge.recipe import script_of
+    from lora_merge.recipe_files import script_of
 
     path = script_of(loaded)
     function = runpy.run_path(str(path)).get("train")

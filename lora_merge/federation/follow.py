@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.federation.contract import RECIPE_NAME, START_NAME, read_contract
-from lora_merge.hub.client import hub_session
+from lora_merge.hub.session import hub_session
 from lora_merge.hub.waiting import Tell
 from lora_merge.recipe import FEDERATION, LoadedRecipe
 from lora_merge.sources.listing import fetched, listing

@@ -8,13 +8,14 @@ from huggingface_hub import HfApi
 
 from lora_merge.errors import UsageError
 from lora_merge.federation.contract import FILES, Start, contract_files
-from lora_merge.hub.client import hub_session
+from lora_merge.hub.session import hub_session
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.files import RecordFile
 from lora_merge.publish.push import require_access_with, require_repository_name
 from lora_merge.publish.repository import Content, Target
-from lora_merge.recipe import LoadedRecipe, Recipe, folder, load
+from lora_merge.recipe import LoadedRecipe, Recipe
+from lora_merge.recipe_files import folder, load
 from lora_merge.sources.base_models import INDEX_NAME, FoundBase, indexed, model_in, weights_digest, weights_sha256
 from lora_merge.sources.listing import fetched, listing
 from lora_merge.training.base_model import check_base, skeleton, unstarted_lora

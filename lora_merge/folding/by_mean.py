@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_merge.adapter import Client, Factors, FactorsSpec, Spec
-from lora_merge.aggregation.gram import squared_norm
+from lora_merge.aggregation.inner_products import squared_norm
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import CORE_NAME, PeftFolder
 from lora_merge.checkpoint.planned import Measured

@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from lora_merge.errors import NotFoundError
-from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking, write_token
+from lora_merge.hub.session import endpoint
 
 _MAY_WRITE = ("admin", "write", "contributor")
 

@@ -18,7 +18,7 @@ from lora_merge.errors import (
     UsageError,
     one_line,
 )
-from lora_merge.hub.client import endpoint
+from lora_merge.hub.session import endpoint
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR}
 # hf_xet, written in Rust, says an error number only inside a RuntimeError's text.

@@ -6,8 +6,9 @@ from huggingface_hub.utils import _headers, _http  # public functions, which myp
 
 from lora_merge import __version__
 from lora_merge.errors import NetworkError
-from lora_merge.hub.client import BACKOFF, patience
+from lora_merge.hub.client import BACKOFF
 from lora_merge.hub.failures import asking
+from lora_merge.hub.session import patience
 
 
 def read_range(repo: str, name: str, commit: str, start: int, stop: int) -> bytes:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from huggingface_hub.utils._xet import abort_xet_session  # the only way to end a transfer over Xet from outside
 
 from lora_merge.errors import NetworkError
-from lora_merge.hub import client
+from lora_merge.hub import client, session
 from lora_merge.interrupts import leave_to_main
 
 T = TypeVar("T")
@@ -42,8 +42,8 @@ def moved(size: int, move: Callable[[], T]) -> T:
             if (why := _busy(error)) is None:
                 raise
         # Xet has waited for us already; before that it may have moved bytes for long.
-        tried = min(time.monotonic() - began, client.seconds_of_xet_tries())
-        client.patience().wait(pause, why, already=tried, ahead=tried)
+        tried = min(time.monotonic() - began, session.seconds_of_xet_tries())
+        session.patience().wait(pause, why, already=tried, ahead=tried)
     raise AssertionError("unreachable")
 
 
@@ -72,9 +72,9 @@ def within(seconds: float, move: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, daemon=True)  # one that cannot be ended must not keep the process
     thread.start()
-    session, until = client.patience(), time.monotonic() + seconds
+    patience, until = session.patience(), time.monotonic() + seconds
     try:
-        while thread.is_alive() and time.monotonic() < until and not session.has_ended():
+        while thread.is_alive() and time.monotonic() < until and not patience.has_ended():
             thread.join(0.2)
     except KeyboardInterrupt:
         abort_xet_session()  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ def within(seconds: float, move: Callable[[], T]) -> T:
         # Also where an interrupt has aborted already: what began just then began in a new session of Xet.
         abort_xet_session()  # type: ignore[no-untyped-call]
         thread.join(5)
-        session.require_going_on()
+        patience.require_going_on()
         raise NetworkError(f"The Hub has not sent or taken a file within {seconds:.0f} s.", hint="Try again later.")
     if failures:
         raise failures[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_merge.adapter import Client, FactorsSpec
-from lora_merge.aggregation import gram
+from lora_merge.aggregation import gram, inner_products
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.schedule import over, pool
 from lora_merge.aggregation.spectra import Spectra, summary
@@ -153,8 +153,8 @@ def _part(federation: Federation, name: str) -> Tensor | None:
         return None
     clients = [client.id for client in federation.clients]
     try:
-        return gram.of_module(federation.module(name), clients)
-    except gram.NotFinite as error:
+        return inner_products.of_module(federation.module(name), clients)
+    except inner_products.NotFinite as error:
         raise RefusedError([Problem("all clients", name, str(error))]) from error
 
 

@@ -15,8 +15,8 @@ from lora_merge.errors import (
     StorageError,
     VerificationError,
 )
-from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking
+from lora_merge.hub.session import endpoint
 from lora_merge.hub.transfer import moved
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.files import CARD_NAME, WEIGHTS, PublishedFile

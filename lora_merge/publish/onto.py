@@ -1,7 +1,7 @@
 """A repository that holds a global adapter, or is to hold one: where it is before somebody folds onto it."""
 
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, WEIGHTS_NAME
-from lora_merge.hub.client import hub_session
+from lora_merge.hub.session import hub_session
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.push import require_repository_name
 from lora_merge.publish.repository import Target, head_of, tree

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lora_merge.errors import ConflictError, NetworkError
-from lora_merge.hub.client import patience
+from lora_merge.hub.session import patience
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries
 

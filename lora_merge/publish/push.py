@@ -9,8 +9,8 @@ from huggingface_hub import HfApi, get_token
 from lora_merge import __version__
 from lora_merge.errors import NotFoundError, UsageError
 from lora_merge.hub.access import require_commit, require_write, whoami
-from lora_merge.hub.client import hub_session
 from lora_merge.hub.failures import write_token
+from lora_merge.hub.session import hub_session
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.commit import Published, publish
 from lora_merge.publish.prepare import prepare

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lora_merge.errors import NotFoundError, UsageError
-from lora_merge.hub.client import endpoint
 from lora_merge.hub.failures import asking
+from lora_merge.hub.session import endpoint
 from lora_merge.hub.waiting import Tell
 from lora_merge.publish.files import ALLOWED, PublishedFile
 from lora_merge.publish.persistence import persist

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from lora_merge.adapter import Adapter, Client, Factors, FactorsSpec, Spec, Update
-from lora_merge.aggregation import gram
+from lora_merge.aggregation import gram, inner_products
 from lora_merge.aggregation.apart import distance, trained_whole
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
@@ -144,7 +144,7 @@ def _measured(clients: Mapping[str, Adapter], perhaps: Collection[tuple[str, str
     """
     names = sorted(clients)
     federation = Federation([Client(name, 1.0, _LowRank(clients[name])) for name in names], float(len(names)))
-    parts = {name: gram.of_module(federation.module(name), names) for name in federation.names}
+    parts = {name: inner_products.of_module(federation.module(name), names) for name in federation.names}
     found, at = gram.total(names, [1.0] * len(names), parts), {name: index for index, name in enumerate(names)}
     cosines = {}
     for one, two in perhaps:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
-from lora_merge.hub.client import hub_session, interrupt, is_offline
+from lora_merge.hub.session import hub_session, interrupt, is_offline
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.hub_cache import cached_entry, fetch_file, hash_problem, remove_leftovers
 from lora_merge.sources.listing import COMMIT, fetched, listing

@@ -29,9 +29,9 @@ from lora_merge.checkpoint.peft_folder import (
 )
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry, header_bytes, read_header
 from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
-from lora_merge.hub.client import endpoint, is_offline
 from lora_merge.hub.failures import asking
 from lora_merge.hub.ranges import read_range
+from lora_merge.hub.session import endpoint, is_offline
 from lora_merge.sources.hub_cache import cached_entries, cached_file, fetch_file, hash_problem, remove_leftovers
 from lora_merge.sources.patterns import clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry

@@ -115,7 +115,7 @@ class Rooms:
         """Make everything that waits or downloads end soon."""
         self._stopped.set()
         if "_hub" in vars(self):
-            from lora_merge.hub.client import interrupt
+            from lora_merge.hub.session import interrupt
 
             interrupt()
 
@@ -172,7 +172,7 @@ class Rooms:
 
     @cached_property
     def _hub(self) -> "HubRoom":
-        from lora_merge.hub.client import hub_session  # half a second that a merge of folders need not wait
+        from lora_merge.hub.session import hub_session  # half a second that a merge of folders need not wait
         from lora_merge.sources.hub import HubRoom
 
         return HubRoom(self._stack.enter_context(hub_session(self._max_wait, self._tell)), self._pins)

@@ -81,7 +81,7 @@ def global_now(place: Place, before: Now, reading: Reading) -> Now:
 
 def _on_the_hub(repo: str, before: Now, reading: Reading) -> Now:
     from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
-    from lora_merge.hub.client import hub_session  # half a second that folders need not wait
+    from lora_merge.hub.session import hub_session  # half a second that folders need not wait
     from lora_merge.publish.repository import Target, head_of
     from lora_merge.sources.hub_cache import fetch_file
     from lora_merge.sources.listing import listing

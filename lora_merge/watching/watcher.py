@@ -294,7 +294,7 @@ class Watcher:
 
 
 def _require_online() -> None:
-    from lora_merge.hub.client import is_offline
+    from lora_merge.hub.session import is_offline
 
     if is_offline():
         raise NetworkError("A watch looks at the Hub, and HF_HUB_OFFLINE is set.", hint="unset HF_HUB_OFFLINE")

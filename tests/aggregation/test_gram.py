@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_merge.aggregation import gram
+from lora_merge.aggregation import gram, inner_products
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.schedule import pool
 from lora_merge.assembly import federation_of
@@ -36,7 +36,7 @@ def measured(folders: tuple[Path, ...], base: Path | None) -> Gram:
 def of(updates: list, n: list[float] | None = None) -> Gram:  # type: ignore[type-arg]
     found = module(updates, n)
     weights = [share.n for share in found.shares]
-    return gram.total(names(found), weights, {"layer": gram.of_module(found, names(found))})
+    return gram.total(names(found), weights, {"layer": inner_products.of_module(found, names(found))})
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:
@@ -71,8 +71,8 @@ def test_it_is_the_sum_over_modules_whose_norms_it_keeps(plain: tuple[Path, ...]
 def test_reading_the_clients_by_tiles_changes_nothing(tile: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     updates = [update(seed, r=1 + seed % 4, blocks=2, scaling=0.5 + seed) for seed in range(7)]
     whole = of(updates).matrix
-    monkeypatch.setattr(gram, "TILE", tile)
-    monkeypatch.setattr(gram, "TILE_RANK", rank)
+    monkeypatch.setattr(inner_products, "TILE", tile)
+    monkeypatch.setattr(inner_products, "TILE_RANK", rank)
     assert near(of(updates).matrix, whole)
     flat = deltas(updates).flatten(1)
     assert near(whole, flat @ flat.T)
@@ -98,7 +98,7 @@ def test_the_bias_of_lora_b_counts() -> None:
     found = of([with_bias, update(2)])
     wanted = delta(with_bias).square().sum() + (2.0 * torch.arange(12.0).double()).square().sum()
     assert float(found.matrix[0, 0]) == pytest.approx(float(wanted))
-    assert gram.squared_norm(with_bias) == pytest.approx(float(wanted))
+    assert inner_products.squared_norm(with_bias) == pytest.approx(float(wanted))
     assert float(found.matrix[0, 1]) == pytest.approx(float((delta(with_bias) * delta(update(2))).sum()))
 
 

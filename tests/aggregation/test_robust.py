@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.adapter import Factors
-from lora_merge.aggregation import gram, robust
+from lora_merge.aggregation import gram, inner_products, robust
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.robust import Robust, RobustError, reweigh
 from tests.aggregation.updates import boosted, delta, deltas, module, names, rotated, update
@@ -25,7 +25,7 @@ each_rule = pytest.mark.parametrize("rule", WEIGHING, ids=lambda rule: f"{rule.r
 def of(updates: list[Factors], n: list[float] | None = None) -> Gram:
     found = module(updates, n)
     weights = [share.n for share in found.shares]
-    return gram.total(names(found), weights, {"layer": gram.of_module(found, names(found))})
+    return gram.total(names(found), weights, {"layer": inner_products.of_module(found, names(found))})
 
 
 def honest(count: int, spread: float = 0.3) -> list[Factors]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lora_merge.adapter import Factors, spec_of
-from lora_merge.aggregation import coordinates, gram, robust
+from lora_merge.aggregation import coordinates, gram, inner_products, robust
 from lora_merge.aggregation.coordinates import Coordinates
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.methods import METHODS
@@ -37,7 +37,7 @@ def module(name: str, clients: int, size: int, rank: int) -> Module:
 
 def gram_of(modules: list[Module]) -> Gram:
     clients = [share.client for share in modules[0].shares]
-    parts = {each.name: gram.of_module(each, clients) for each in modules}
+    parts = {each.name: inner_products.of_module(each, clients) for each in modules}
     return gram.total(clients, [share.n for share in modules[0].shares], parts)
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora_merge.federation.contract import FIXED
-from lora_merge.recipe import folder as recipes_folder
+from lora_merge.recipe_files import folder as recipes_folder
 from tests.hub.server import LocalHub
 from tests.publish.conftest import Run, hub, publisher, run, running_hub
 from tests.training.conftest import MakeRecipe, base, make_recipe, rows

@@ -53,7 +53,7 @@ def test_list_names_every_recipe_with_its_digest(run: Run) -> None:
 
 
 def test_show_prints_the_file_itself_and_its_digest(run: Run) -> None:
-    from lora_merge.recipe import find, load
+    from lora_merge.recipe_files import find, load
 
     code, out, _ = run("show", "laptop")
     assert code == 0

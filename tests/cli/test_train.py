@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lora_merge.cli.main import main
-from lora_merge.recipe import folder
+from lora_merge.recipe_files import folder
 from tests.training.conftest import LIBRARY_WARNINGS, MakeRecipe, base, make_recipe, rows
 
 __all__ = ["base", "make_recipe", "rows"]  # fixtures

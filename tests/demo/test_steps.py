@@ -9,7 +9,7 @@ import pytest
 from lora_merge.demo import steps as steps_module
 from lora_merge.demo.areas import AREAS
 from lora_merge.demo.steps import BATCH_SIZE, RECIPE, SETTINGS, Plan, plan
-from lora_merge.recipe import load
+from lora_merge.recipe_files import load
 
 
 def plan_in(folder: Path, base: Path | None = None) -> Plan:

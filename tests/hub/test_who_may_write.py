@@ -10,7 +10,7 @@ from tests.hub.server import LocalHub
 ASK = """
 import os
 from lora_merge.hub import access
-from lora_merge.hub.client import hub_session
+from lora_merge.hub.session import hub_session
 os.environ.pop("HF_TOKEN", None)
 if token:
     os.environ["HF_TOKEN"] = token

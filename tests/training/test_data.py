@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
-from lora_merge.recipe import load
+from lora_merge.recipe_files import load
 from lora_merge.training.data import Message, Row, encode, encode_rows, read_rows, render
 from tests.training.conftest import MakeRecipe, byte_tokenizer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_merge import aggregate
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
-from lora_merge.recipe import folder, load
+from lora_merge.recipe_files import folder, load
 from lora_merge.sources.base_models import FoundBase, weights_sha256
 from lora_merge.statement import Statement
 from lora_merge.training.base_model import add_lora, load_model
