@@ -116,7 +116,6 @@ def _run() -> int:
 def _sentence(error: Any) -> str:
     """What is wrong with the command line. Of a wrong value a newer typer has but the words of pydantic."""
     message = str(error.format_message()).replace("Value error, ", "")
-    message = message.replace("Value must be an iterable.", "must be a list.")
     if not hasattr(error.__cause__, "errors") or "Input should be " not in message:
         return message
     option, must = message.removeprefix("Invalid value for ").split(": Input should be ", 1)

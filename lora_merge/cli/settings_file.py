@@ -116,10 +116,12 @@ def _tables(commands: Mapping[str, Any], path: _Path, table: Any) -> Iterator[tu
             yield from _tables(inner, (*path, key), value)
         return
     options = _options(commands[name])
-    for key in table:
+    for key, value in table.items():
+        where = f"[{'.'.join(path)}] {key}"
         if key not in options:
-            where = f"[{'.'.join(path)}] {key}"
             raise UsageError(f"{FILE_NAME} has {where}, which is no option of {name}.{_near(key, options)}")
+        if options[key].multiple and not isinstance(value, list):
+            raise UsageError(f"{FILE_NAME} has {where} = {value!r}, which must be a list.", hint=f"{key} = [{value!r}]")
     yield path, {options[key].name: _Set(value, f"--{key}", FILE_NAME) for key, value in table.items()}
 
 

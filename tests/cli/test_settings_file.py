@@ -69,6 +69,16 @@ def test_what_the_file_gets_wrong_is_a_usage_error_with_a_suggestion(text: str, 
     assert named in output
 
 
+def test_an_option_that_takes_several_values_is_set_by_a_list(here: Path) -> None:
+    (here / "lora-merge.toml").write_text('[aggregate]\nexclude = "x"\n')
+    code, output = run(*RECIPES)
+    assert code == 2
+    assert "lora-merge.toml has [aggregate] exclude = 'x', which must be a list." in output
+    assert "exclude = ['x']" in output
+    (here / "lora-merge.toml").write_text("[aggregate]\nexclude = ['x']\n")
+    assert run(*RECIPES)[0] == 0
+
+
 def test_the_file_may_turn_json_on(here: Path) -> None:
     (here / "lora-merge.toml").write_text("[aggregate]\njson = true\n")
     code, output = run("aggregate", "nowhere", "--output", "global")
