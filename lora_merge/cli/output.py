@@ -80,7 +80,10 @@ class Output:
         made: str | Sequence[str] = "",
         show: "Callable[[], RenderableType] | None" = None,
     ) -> None:
-        """Print the result: `data` under ``--json``, `made` (a line each) under ``-q``, else what `show` draws."""
+        """Print the result: `data` under ``--json``, `made` (a line each) under ``-q``, else what `show` draws.
+
+        A text is printed as it is, also on a terminal: rich would break its lines, and what is copied would be no file.
+        """
         if self.as_json:
             self._write(self._object(data))
             self._spoken = True
@@ -88,6 +91,9 @@ class Output:
             self._write("".join(one_line(line) + "\n" for line in ([made] if isinstance(made, str) else made)))
         elif show is not None:
             drawn = show()
+            if isinstance(drawn, str):
+                self._write(printable(drawn) + "\n")
+                return
             _fold(drawn)
             with self._to_stdout(), self._stdout.capture() as capture:
                 self._stdout.print(drawn)

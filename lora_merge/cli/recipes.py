@@ -65,7 +65,7 @@ def show(
 
         loaded = load(name)
         text = loaded.path.read_text(encoding="utf-8").rstrip()
-        out.result(_record(loaded), made=text.split("\n"), show=lambda: plain(f"{text}\n\n# digest {loaded.digest}"))
+        out.result(_record(loaded), made=text.split("\n"), show=lambda: f"{text}\n\n# digest {loaded.digest}")
 
 
 @recipes_app.command()
@@ -86,7 +86,7 @@ def copy(
         from lora_merge import recipe_files
 
         files = [str(path) for path in recipe_files.copy(name, destination, force=force)]
-        out.result({"files": files}, made=files[0], show=lambda: plain("\n".join(files)))
+        out.result({"files": files}, made=files[0], show=lambda: "\n".join(files))
 
 
 def _record(loaded: "LoadedRecipe") -> dict[str, Any]:

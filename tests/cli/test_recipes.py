@@ -62,6 +62,13 @@ def test_show_prints_the_file_itself_and_its_digest(run: Run) -> None:
     assert run("show", "laptop", "-q")[1] == find("laptop").read_text(encoding="utf-8").rstrip() + "\n"
 
 
+def test_show_breaks_no_line_of_the_file_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = run("show", "laptop")[1]
+    monkeypatch.setattr("lora_merge.cli.output.PIPE_COLUMNS", 40)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert run("show", "laptop")[1] == piped
+
+
 def test_copy_makes_the_files_and_refuses_to_overwrite(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("copy", "laptop", str(tmp_path / "ours"))
     assert (code, out.split()) == (0, [str(tmp_path / "ours" / name) for name in ("laptop.yaml", "text.py")])
