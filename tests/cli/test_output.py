@@ -208,6 +208,7 @@ def test_a_table_too_wide_for_the_terminal_is_folded_and_not_cut(monkeypatch: py
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "25")  # without it rich takes a dumb terminal for one of 80 columns
     table = Table("organisation", "examples", box=None, pad_edge=False)
     table.add_row(plain("org/a-long-name"), "1000000000")
     Output().result({}, show=lambda: Group(plain("x"), Group(table)))
