@@ -99,7 +99,7 @@ def aggregate(
         device: `cpu`, `cuda`, `cuda:1`, or `auto` for CUDA where present.
         certificate: `exact`, `probes` or `off`; None chooses by size.
         workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
-        force: replace the adapter that is at `output`; never anything else, nor what is read.
+        force: replace the merged adapter that is at `output`; never anything else, nor what is read.
         lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
             merge (the folder holds one in any case).
         locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
@@ -132,7 +132,8 @@ def aggregate(
     check_free(output, force=force)
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
-        federation = federation_of(inputs, global_lr, base, device_named(device), to_measure=robust.weighs)
+        measures, where = robust.weighs, device_named(device)
+        federation = federation_of(inputs, global_lr, base, where, to_measure=measures, tell=tell)
         with pool(workers) as threads, atomic_folder(output, force=force) as work:
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())

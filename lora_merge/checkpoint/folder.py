@@ -18,7 +18,7 @@ _REPLACED = "replaced"
 
 @contextmanager
 def atomic_folder(
-    output: Path, *, force: bool = False, kind: Kind = "adapter", option: str = "--output"
+    output: Path, *, force: bool = False, kind: Kind = "merged", option: str = "--output"
 ) -> Iterator[Path]:
     """Yield an empty folder beside `output`; when the block ends well, flush it and rename it to `output`.
 
@@ -27,8 +27,8 @@ def atomic_folder(
 
     Args:
         output: the final path. Its parents are made; a link is followed, and stays.
-        force: replace an adapter or a model, by `kind`, that is at `output` and holds nothing else; without it,
-            anything there but an empty folder is an error.
+        force: replace a result of this `kind` that is at `output` and holds nothing else; without it, anything there
+            but an empty folder is an error.
         option: what the user gave `output` as.
 
     Raises:
@@ -74,7 +74,7 @@ def scratch_folder() -> Iterator[Path]:
         os.close(lock)
 
 
-def check_free(output: Path, *, force: bool = False, kind: Kind = "adapter", option: str = "--output") -> None:
+def check_free(output: Path, *, force: bool = False, kind: Kind = "merged", option: str = "--output") -> None:
     """Raise `UsageError` where writing `output` would overwrite something that `force` does not cover.
 
     Nor is anything written into an adapter's folder.

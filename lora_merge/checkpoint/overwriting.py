@@ -6,26 +6,37 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, ledger_of
+from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import UsageError
+from lora_merge.ledger import MAX_BYTES
 
-Kind: TypeAlias = Literal["adapter", "model", "rows"]
+Kind: TypeAlias = Literal["merged", "client", "model", "rows"]
 
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt"),
     *("*.model", "preprocessor_config.json", "processor_config.json"),
 )
 # What makes a folder one of a kind, and what else we, PEFT, transformers or a download from the Hub put into it.
+_ADAPTER = ("adapter_config.json", "adapter_model.*")
 _MARKS: dict[Kind, tuple[str, ...]] = {
-    "adapter": ("adapter_config.json", "adapter_model.*"),
+    "merged": (*_ADAPTER, LEDGER_NAME),
+    "client": _ADAPTER,
     "model": ("config.json", "model*.safetensors"),
     "rows": ("held-out.jsonl",),
 }
 _BESIDE: dict[Kind, tuple[str, ...]] = {
-    "adapter": ("lora_merge.json", "aggregation.json", "lora-merge.lock", "lora-merge.lock.sig", "aggregation_core.*"),
+    "merged": ("lora-merge.lock", "lora-merge.lock.sig", "aggregation_core.*"),
+    "client": ("lora_merge.json",),
     "model": ("generation_config.json", "model.safetensors.index.json"),
     "rows": ("*.jsonl",),
 }
-_NAMES: dict[Kind, str] = {"adapter": "an adapter", "model": "a model", "rows": "the demo's rows"}
+_NAMES: dict[Kind, str] = {
+    "merged": "a merged adapter",
+    "client": "a client's adapter",
+    "model": "a model",
+    "rows": "the demo's rows",
+}
 _ANYWHERE = ("README.md", ".gitattributes", *_TOKENIZER)
 
 
@@ -36,9 +47,15 @@ def require_replaceable(output: Path, kind: Kind, option: str = "--output") -> N
         raise UsageError(f"{output} is not a folder{forced}.", hint=f"Another {option}.")
     names = [entry.name for entry in output.iterdir()]
     strangers = [name for name in names if not _is_known(output / name, kind)]
-    if not strangers and all(any(fnmatchcase(name, mark) for name in names) for mark in _MARKS[kind]):
+    lacking = [mark for mark in _MARKS[kind] if not any(fnmatchcase(name, mark) for name in names)]
+    if strangers:
+        why = f"holds {min(strangers)}, which is no file of one"
+    elif lacking:
+        why = f"holds no {' and no '.join(lacking)}"
+    elif kind == "merged" and (malformed := _malformed(output / LEDGER_NAME)):
+        why = f"holds {malformed}"
+    else:
         return
-    why = f"holds {min(strangers)}, which is no file of one" if strangers else f"holds no {' and '.join(_MARKS[kind])}"
     forced, way = "; --force leaves it alone", "Choose another --output, or move that folder away."
     if option != "--output":
         forced, way = "", "Move that out of it, or write the result elsewhere with --output."
@@ -63,6 +80,19 @@ def require_apart(output: Path, inputs: Iterable[Path], option: str = "--output"
         if relation != "contains" or here in there.parents:
             hint = f"What is read is never overwritten: choose an {option} apart from it."
             raise UsageError(f"{option} {output} {relation} the input {path}.", hint=hint)
+
+
+def _malformed(ledger: Path) -> str:
+    """What is wrong with the record that makes an adapter a merged one; nothing where it can be read."""
+    with ledger.open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    try:
+        if len(text) > MAX_BYTES:
+            raise FileRefused(LEDGER_NAME, f"is larger than {MAX_BYTES} bytes")
+        ledger_of(text)
+    except FileRefused as error:
+        return f"{error.field}: {error.reason}"
+    return ""
 
 
 def _is_known(path: Path, kind: Kind) -> bool:

@@ -137,7 +137,7 @@ def aggregate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be read and how it would be weighted; write nothing.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the adapter that is at --output.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the merged adapter that is at --output.")] = False,
     push: PushOption = None,
     private: PrivateOption = None,
     create_pr: CreatePrOption = False,

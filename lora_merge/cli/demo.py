@@ -140,8 +140,9 @@ def _require_own(output: Path) -> None:
     from lora_merge.errors import UsageError
 
     check_free(output / "data", force=True, kind="rows")
-    for adapter in (output / "global", *(output / "clients").glob("[!.]*")):
-        check_free(adapter, force=True)
+    check_free(output / "global", force=True)
+    for adapter in (output / "clients").glob("[!.]*"):
+        check_free(adapter, force=True, kind="client")
     if strangers := [path for path in (output / "logs").glob("*") if path.suffix != ".log"]:
         raise UsageError(f"{strangers[0]} is no log of the demo; --force leaves it alone.")
 

@@ -61,7 +61,7 @@ def fold(
             is published to the repository on top of the commit that was read.
         private: of a repository that is made now; None is private.
         base: of a merge of all clients again, where that is needed.
-        force: replace the adapter that is at `output`.
+        force: replace the merged adapter that is at `output`.
         screening: which arrivals to leave out, and what stops them, held against those that are in; None where nothing
             is to.
 

@@ -57,7 +57,7 @@ def write_client(
         versions=_versions(),
     )
     config = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
-    with atomic_folder(job.output, force=True) as folder:  # `check_job` has said that it may be replaced
+    with atomic_folder(job.output, force=True, kind="client") as folder:  # `check_job` has said that it may be replaced
         _write_weights(model, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(config, encoding="utf-8")
         (folder / FILE_NAME).write_text(statement.to_json(), encoding="utf-8")

@@ -147,7 +147,7 @@ def _check_output(job: Job) -> None:
         raise UsageError(f"{job.output} holds other files ({strangers[0]}): name a new folder.")
     if there and not (job.force or (job.resume and waiting)):
         raise UsageError(f"{job.output} already holds an adapter.", hint="--force trains it anew and replaces it.")
-    check_free(job.output, force=True)  # now, and not after hours of training
+    check_free(job.output, force=True, kind="client")  # now, and not after hours of training
 
 
 def _mark(job: Job, loaded: LoadedRecipe, base: BaseModel) -> str:

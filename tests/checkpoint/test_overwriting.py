@@ -7,30 +7,51 @@ import pytest
 from lora_merge.checkpoint.folder import atomic_folder, check_free, scratch_folder
 from lora_merge.checkpoint.overwriting import Kind, require_apart
 from lora_merge.errors import StorageError, UsageError
+from lora_merge.ledger import Certificate, Contribution, Ledger
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MODEL = ("config.json", "model.safetensors", "tokenizer.json")
-GLOBAL = (*ADAPTER, "README.md", "aggregation.json", "aggregation_core.safetensors", "lora-merge.lock")
+MERGED = (*ADAPTER, "aggregation.json")
+GLOBAL = (*MERGED, "README.md", "aggregation_core.safetensors", "lora-merge.lock")
+
+
+LEDGER = Ledger(
+    method="exact",
+    options={},
+    global_lr=1.0,
+    weighting="uniform",
+    total_weight=1.0,
+    base_model=None,
+    contributions=[Contribution("org/a", "a", None, 1.0, 1.0, None, {"adapter_model.safetensors": "0" * 64})],
+    certificate=Certificate("off"),
+    forms={},
+    ranks=[],
+    dtype="fp32",
+    device="cpu",
+    versions={},
+)
 
 
 def folder_of(folder: Path, *names: str) -> Path:
     folder.mkdir()
     for name in names:
-        (folder / name).write_text("old")
+        (folder / name).write_text(LEDGER.to_json() if name == "aggregation.json" else "old")
     return folder
 
 
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("adapter", ADAPTER),
-        ("adapter", GLOBAL),
-        ("adapter", (*ADAPTER, "lora_merge.json", "tokenizer.json", ".gitattributes")),
-        ("adapter", ("adapter_config.json", "adapter_model.bin")),
+        ("merged", MERGED),
+        ("merged", GLOBAL),
+        ("merged", (*GLOBAL, "tokenizer.json", ".gitattributes")),
+        ("client", ADAPTER),
+        ("client", (*ADAPTER, "lora_merge.json", "tokenizer.json", ".gitattributes")),
+        ("client", ("adapter_config.json", "adapter_model.bin")),
         ("model", MODEL),
         ("model", ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json")),
         ("rows", ("held-out.jsonl", "text.jsonl")),
-        ("adapter", ()),
+        ("merged", ()),
     ],
 )
 def test_a_result_of_its_kind_is_replaced(kind: Kind, names: tuple[str, ...], tmp_path: Path) -> None:
@@ -44,12 +65,19 @@ def test_a_result_of_its_kind_is_replaced(kind: Kind, names: tuple[str, ...], tm
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("adapter", ("thesis.txt",)),
-        ("adapter", ("README.md",)),
-        ("adapter", ("adapter_config.json",)),
-        ("adapter", (*ADAPTER, "thesis.txt")),
-        ("adapter", (*ADAPTER, "optimizer.pt")),
-        ("adapter", MODEL),
+        ("merged", ("thesis.txt",)),
+        ("merged", ("README.md",)),
+        ("merged", ("adapter_config.json",)),
+        ("merged", ("aggregation.json",)),
+        ("merged", (*MERGED, "thesis.txt")),
+        ("merged", (*MERGED, "optimizer.pt")),
+        ("merged", ADAPTER),
+        ("merged", (*ADAPTER, "lora_merge.json")),
+        ("merged", (*MERGED, "lora_merge.json")),
+        ("merged", MODEL),
+        ("client", GLOBAL),
+        ("client", ("adapter_config.json",)),
+        ("client", (*ADAPTER, "optimizer.pt")),
         ("model", GLOBAL),
         ("model", ("config.json",)),
         ("rows", ("mine.jsonl",)),
@@ -62,9 +90,17 @@ def test_anything_else_is_left_alone_even_with_force(kind: Kind, names: tuple[st
     assert sorted(path.name for path in output.iterdir()) == sorted(names)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema_version": 1}'])
+def test_what_has_no_record_that_can_be_read_is_no_merged_adapter(text: str, tmp_path: Path) -> None:
+    output = folder_of(tmp_path / "out", *MERGED)
+    (output / "aggregation.json").write_text(text)
+    with pytest.raises(UsageError, match=r"holds aggregation\.json, .*leaves it alone"):
+        check_free(output, force=True)
+
+
 def test_a_folder_or_a_link_inside_is_not_ours(tmp_path: Path) -> None:
-    (folder_of(tmp_path / "a", *ADAPTER) / "checkpoint-1").mkdir()
-    (folder_of(tmp_path / "b", *ADAPTER) / "README.md").symlink_to(tmp_path)
+    (folder_of(tmp_path / "a", *MERGED) / "checkpoint-1").mkdir()
+    (folder_of(tmp_path / "b", *MERGED) / "README.md").symlink_to(tmp_path)
     for name in ("a", "b"):
         with pytest.raises(UsageError, match="leaves it alone"):
             check_free(tmp_path / name, force=True)
@@ -79,7 +115,7 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
 
 
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
-    folder_of(tmp_path / "first", *ADAPTER)
+    folder_of(tmp_path / "first", *MERGED)
     (tmp_path / "latest").symlink_to("first")
     with atomic_folder(tmp_path / "latest", force=True) as work:
         (work / "new").touch()
@@ -122,11 +158,11 @@ def test_nothing_is_written_into_an_adapters_folder(output: str, tmp_path: Path)
     folder_of(tmp_path / "in")
     folder_of(tmp_path / "in" / "a", *ADAPTER)
     (tmp_path / "link").symlink_to("in/a")
-    for kind in ("adapter", "model"):
+    for kind in ("merged", "client", "model"):
         with pytest.raises(UsageError, match="in/a, which is an adapter"):
             check_free(tmp_path / output, kind=kind)
     assert sorted(path.name for path in (tmp_path / "in" / "a").iterdir()) == sorted(ADAPTER)
-    check_free(tmp_path / "in" / "a", force=True)
+    check_free(tmp_path / "in" / "a", force=True, kind="client")
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(

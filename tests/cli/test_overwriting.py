@@ -53,6 +53,21 @@ def test_aggregate_replaces_its_own_result_and_no_other_thing(clients: Path, lor
     assert clients.is_dir()
 
 
+@pytest.mark.parametrize("stated", [True, False], ids=["trained by us", "anybody's"])
+@pytest.mark.parametrize("more", [("in/*",), ("in/*", "--onto", "new"), ("in/client-2", "--onto", "global")])
+def test_aggregate_never_replaces_a_clients_adapter(
+    more: tuple[str, ...], stated: bool, clients: Path, lora_merge: Run, tmp_path: Path
+) -> None:
+    assert lora_merge("aggregate", "in/client-1", "-o", "global", "-q")[0] == 0
+    work = client(tmp_path / "work", seed=3, num_examples=10 if stated else None)
+    before = everything(tmp_path)
+    code, _, err = lora_merge("aggregate", *more, "-o", str(work), "--force")
+    assert code == 2
+    assert "not a merged adapter alone" in err
+    assert everything(tmp_path) == before
+    assert clients.is_dir()
+
+
 def test_a_fold_replaces_its_own_global_and_never_an_arrival(clients: Path, lora_merge: Run, tmp_path: Path) -> None:
     assert lora_merge("aggregate", "in/*", "-o", "global", "-q")[0] == 0
     client(tmp_path / "late", seed=3)
