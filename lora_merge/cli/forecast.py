@@ -7,7 +7,7 @@ from lora_merge.cli.output import Output, plain
 from lora_merge.cli.sizes import size_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from lora_merge.forecast import Forecast, ForecastClient
     from lora_merge.screening.stops import Screening
@@ -31,7 +31,8 @@ def _pin(client: "ForecastClient") -> str:
     return f"{client.place}@{client.commit}" if client.commit else client.place
 
 
-def _forecast_table(found: "Forecast") -> "Table":
+def _forecast_table(found: "Forecast") -> "Group":
+    from rich.console import Group
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -39,9 +40,8 @@ def _forecast_table(found: "Forecast") -> "Table":
         table.add_column(name)
     for each in found.clients:
         examples = "" if each.num_examples is None else str(each.num_examples)
-        row = (each.client_id, each.place, each.commit or "", examples, f"{each.weight:g}", f"{each.share:.1%}")
+        row = (each.client_id, each.place, (each.commit or "")[:12], examples, f"{each.weight:g}", f"{each.share:.1%}")
         table.add_row(*map(plain, row), size_text(each.size), size_text(each.to_download))
     size, missing = (sum(numbers) for numbers in zip(*((c.size, c.to_download) for c in found.clients), strict=True))
     table.add_row(f"{len(found.clients)} clients", *[""] * 5, size_text(size), size_text(missing))
-    table.add_row("memory", f"about {size_text(found.memory)}")
-    return table
+    return Group(table, plain(f"memory: about {size_text(found.memory)}"))

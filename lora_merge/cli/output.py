@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_merge.cli.narrow import ENDLESS, fitted
 from lora_merge.cli.settings_file import set_elsewhere
 from lora_merge.cli.streams import discard, open_streams
 from lora_merge.errors import LoraMergeError, RefusedError, StorageError, UsageError, one_line
@@ -25,7 +26,6 @@ if TYPE_CHECKING:  # rich is imported where something is drawn: --help draws not
     from rich.text import Text
 
 SCHEMA_VERSION = 1
-PIPE_COLUMNS = 1_000_000
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was made.")]
@@ -65,7 +65,7 @@ class Output:
         from rich.console import Console
 
         # Off a terminal rich would wrap tables at 80 columns; a pipe has no width.
-        return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+        return Console(width=None if sys.stdout.isatty() else ENDLESS, highlight=False)
 
     @cached_property
     def _stderr(self) -> "Console":
@@ -94,7 +94,7 @@ class Output:
             if isinstance(drawn, str):
                 self._write(printable(drawn) + "\n")
                 return
-            _fold(drawn)
+            drawn = fitted(drawn, self._stdout)
             with self._to_stdout(), self._stdout.capture() as capture:
                 self._stdout.print(drawn)
             self._write("".join(line.rstrip() + "\n" for line in capture.get().split("\n")[:-1]))
@@ -206,11 +206,3 @@ class Output:
         if hint:
             self._talk(one_line(hint), "hint: ", "cyan")
         raise typer.Exit(code)
-
-
-def _fold(drawn: Any) -> None:
-    """Have the tables in `drawn` break a cell that is too wide for the terminal, which rich would cut."""
-    for part in getattr(drawn, "renderables", ()):
-        _fold(part)
-    for column in getattr(drawn, "columns", ()):
-        column.overflow = "fold"

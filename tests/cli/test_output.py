@@ -215,8 +215,8 @@ def test_a_table_too_wide_for_the_terminal_is_folded_and_not_cut(monkeypatch: py
     shown = terminal.getvalue()
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 20
-    left, right = zip(*((line[:10].strip(), line[10:].strip()) for line in shown.splitlines()[1:]), strict=True)
-    assert "".join(left + right) == "organisationorg/a-long-nameexamples1000000000"
+    left, right = zip(*((line[:12].strip(), line[12:].strip()) for line in shown.splitlines()[1:]), strict=True)
+    assert "".join(left + right) == "organisationexamplesorg/a-long-name1000000000"
 
 
 @pytest.mark.parametrize("setting", [None, "1"])

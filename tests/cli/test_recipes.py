@@ -64,7 +64,7 @@ def test_show_prints_the_file_itself_and_its_digest(run: Run) -> None:
 
 def test_show_breaks_no_line_of_the_file_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     piped = run("show", "laptop")[1]
-    monkeypatch.setattr("lora_merge.cli.output.PIPE_COLUMNS", 40)
+    monkeypatch.setattr("lora_merge.cli.output.ENDLESS", 40)
     monkeypatch.setenv("COLUMNS", "40")
     assert run("show", "laptop")[1] == piped
 
