@@ -1,6 +1,7 @@
 """From the accepted clients to the federation that is merged: their weights, and the base model where it is needed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,15 +13,23 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import MissingBaseError, NotFoundError
 from lora_merge.intake import Accepted
+from lora_merge.sources.reference import Tell
 
 
 def federation_of(
-    inputs: Accepted, alpha: float, base: str | Path | None, device: torch.device, *, to_measure: bool = False
+    inputs: Accepted,
+    alpha: float,
+    base: str | Path | None,
+    device: torch.device,
+    *,
+    to_measure: bool = False,
+    tell: Tell = lambda line: None,
 ) -> Federation:
     """The accepted clients with their weights, and the base model's tensors where the mean needs them.
 
     Args:
         to_measure: read the base also where only the size of an update depends on it.
+        tell: called with a line where the base is found that nobody gave.
 
     Raises:
         MissingBaseError: the mean needs base tensors that are not at hand.
@@ -29,28 +38,51 @@ def federation_of(
     clients = [
         Client(client, n, inputs.sketched.get(client, folders[client])) for client, n in inputs.weights.items() if n > 0
     ]
-    total = sum(inputs.weights.values())
-    conv1d = any(folder.config.fan_in_fan_out for folder in folders.values())
-    without = Federation(clients, total, alpha, None, conv1d, device)
-    needed = without.needed_base_tensors(to_measure=to_measure)
-    model = _base_model(folders, base, needed)
+    without = Federation(clients, sum(inputs.weights.values()), alpha, None, stores_transposed(folders), device)
+    return replace(without, base=base_model_for(without, folders, base, to_measure=to_measure, tell=tell))
+
+
+def stores_transposed(folders: Mapping[str, PeftFolder]) -> bool:
+    """Whether a client says that its base stores matrices transposed."""
+    return any(folder.config.fan_in_fan_out for folder in folders.values())
+
+
+def base_model_for(
+    federation: Federation,
+    folders: Mapping[str, PeftFolder],
+    base: str | Path | None,
+    *,
+    to_measure: bool = False,
+    tell: Tell = lambda line: None,
+) -> BaseModel | None:
+    """The base that a merge of `federation` reads: the one given; else, only where its mean needs one, what they name.
+
+    Args:
+        folders: the clients' folders.
+        to_measure, tell: as of `federation_of`.
+
+    Raises:
+        MissingBaseError: it is needed, none is given, and the one that they name is not at hand.
+        NotFoundError: the one given is not there, or it has not the tensors that are needed.
+    """
+    needed = federation.needed_base_tensors(to_measure=to_measure)
+    model = open_base(base) if base is not None else _named_base(folders, needed, tell) if needed else None
     if model is not None and (missing := [name for name in needed if not model.has(name)]):
         raise NotFoundError(
             f"The base model {base or agreed_base_model(folders)} has no tensor {', '.join(missing[:5])}."
         )
-    return Federation(clients, total, alpha, model, conv1d, device)
+    return model
 
 
-def _base_model(folders: Mapping[str, PeftFolder], base: str | Path | None, needed: Sequence[str]) -> BaseModel | None:
-    """The base as given; else, only where it is needed, what the clients name, from the local cache."""
-    if base is not None:
-        return open_base(base)
-    if not needed:
-        return None
+def _named_base(folders: Mapping[str, PeftFolder], needed: Sequence[str], tell: Tell) -> BaseModel:
+    """The base that the clients name, from a folder or the local cache."""
     commits = {f.statement.base_model.commit for f in folders.values() if f.statement}
+    name = agreed_base_model(folders) or ""
     try:
-        name = agreed_base_model(folders)
-        return open_base(name or "", commit=commits.pop() if len(commits) == 1 else None)
+        model = open_base(name, commit=commits.pop() if len(commits) == 1 else None)
     except NotFoundError as error:
         why = "A client trained whole tensors or DoRA; their mean, or a rule that measures updates, needs the base"
         raise MissingBaseError(needed, why=why) from error
+    # A stranger's config names it: whoever merges should see which files that came to mean here.
+    tell(f"The base model {name}, which the adapters name, is read from {model.folder} (another: --base).")
+    return model

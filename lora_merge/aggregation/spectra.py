@@ -11,7 +11,10 @@ from lora_merge.adapter import Adapter, Factors, Spec, Update
 
 @dataclass(frozen=True)
 class Spectra:
-    """An adapter that keeps the squared singular values of each update that is read: E r of them, in fp64."""
+    """An adapter that keeps the squared singular values of each update that is read: E r of them, in fp64.
+
+    A DoRA update has none here: what it adds to W0 is no product of its factors.
+    """
 
     adapter: Adapter
     found: dict[str, Tensor] = field(default_factory=dict)
@@ -22,7 +25,7 @@ class Spectra:
 
     def __getitem__(self, module: str) -> Update:
         update = self.adapter[module]
-        if isinstance(update, Factors) and module not in self.found:
+        if isinstance(update, Factors) and update.magnitude is None and module not in self.found:
             self.found[module] = squared_singular_values(update)
         return update
 

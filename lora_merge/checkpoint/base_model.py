@@ -38,6 +38,11 @@ class BaseModel:
     files: Mapping[str, Path]
     model_type: str | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return next(iter(self.files.values())).parent
+
     def has(self, name: str) -> bool:
         return self._key(name) is not None
 

@@ -29,6 +29,9 @@ def inspect(
     sources: Annotated[
         list[str], typer.Argument(help="Folders, ORG/NAME, 'ORG/PATTERN-*', URLs, or - for ids on standard input.")
     ],
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder or cached id, where sizes depend on it.")
+    ] = None,
     allow_list: AllowListOption = None,
     exclude: ExcludeOption = None,
     max_wait: MaxWaitOption = MAX_WAIT,
@@ -36,8 +39,9 @@ def inspect(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Look at adapters before merging them: facts, norms, cosines, influence, copies. Needs no base model.
+    """Look at adapters before merging them: facts, norms, cosines, influence, copies.
 
+    What was trained whole, or with DoRA, has a size only beside the base model: --base, or where aggregate reads it.
     Exit code 3 where `aggregate` would refuse one of them or stop at it; the table is printed all the same.
 
     Example: lora-merge inspect 'org/client-*'
@@ -50,7 +54,8 @@ def inspect(
 
         screening = Screening(allow_list=allow_list, exclude=tuple(exclude or ()))
         reading = Reading(max_wait, out.say, out.progress)
-        found = run(cast("list[str | Path]", sources_of(sources)), screening=screening, reading=reading)
+        named = cast("list[str | Path]", sources_of(sources))
+        found = run(named, screening=screening, reading=reading, base=base)
         for warning in found.warnings:
             out.warn(warning)
         made = [_pin(client) for client in found.clients if not client.stops]

@@ -1,25 +1,25 @@
 """What is there before a merge: each adapter's facts, how the updates lie to each other, and what is odd about any.
 
-It reads adapters as a merge would, needs no base model, and names every adapter that a merge would refuse.
+It reads adapters as a merge would, and names every adapter that a merge would refuse. The base model is read where a
+merge of them would read it, or where it is given; what has no size without it is left empty, and is never 0.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from lora_merge.adapter import Client, FactorsSpec
-from lora_merge.aggregation import gram, inner_products
 from lora_merge.aggregation.gram import Gram
-from lora_merge.aggregation.schedule import over, pool
+from lora_merge.aggregation.schedule import pool
 from lora_merge.aggregation.spectra import Spectra, summary
 from lora_merge.agreement import claim_warnings
-from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.peft_folder import Description
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.assembly import base_model_for, stores_transposed
+from lora_merge.checkpoint.federation import Federation, base_name
+from lora_merge.checkpoint.similarity import gram_of
+from lora_merge.errors import MissingBaseError, Problem
 from lora_merge.inspection.oddities import counts_stated, num_examples, oddities, reasons_to_stop
 from lora_merge.intake import Accepted, Reading, accepted
 from lora_merge.ledger import LeftOut
@@ -28,12 +28,15 @@ from lora_merge.screening.stops import Screening
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One low-rank module of a client: its rank, scaling, norm, and its top singular value's share of |Delta|^2."""
+    """One low-rank module of a client: its rank, scaling, norm, and its top singular value's share of |Delta|^2.
+
+    None where that is not measured; the singular values of a DoRA update never are.
+    """
 
     r: int
     scaling: float
-    norm: float
-    top_share: float
+    norm: float | None
+    top_share: float | None
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ class Inspected:
         source: what a merge's record would call it; `place`: the folder's path, the repository or the URL.
         size: bytes of its weights.
         share: p, by its examples where every client states them, else the same for all.
-        norm: |Delta| in the Frobenius norm over what is measured; None where nothing is.
-        cosine_to_mean: between its update and the weighted mean of all.
-        cosine_to_others: between its update and the weighted mean of the others.
-        influence: |M - M without it| / |M|.
+        norm: |Delta| in the Frobenius norm over what is measured; None where nothing is, and of DoRA without the base.
+        cosine_to_mean: between its update and the weighted mean of all; None where one of all is not measured.
+        cosine_to_others: between its update and the weighted mean of the others; None as before.
+        influence: |M - M without it| / |M|; None as before.
         top_share: the share of the top singular values of its modules in |Delta|^2.
         effective_rank: (sum s^2)^2 / sum s^4 over a module's singular values s, averaged over modules by |Delta|^2.
         stops: why a merge would stop at it; `flags`: what else is odd.
@@ -67,13 +70,13 @@ class Inspected:
     ranks: Sequence[int]
     scalings: Sequence[float]
     full_tensors: int
-    share: float
-    norm: float | None
-    cosine_to_mean: float | None
-    cosine_to_others: float | None
-    influence: float | None
     top_share: float | None
     effective_rank: float | None
+    share: float = 0.0
+    norm: float | None = None
+    cosine_to_mean: float | None = None
+    cosine_to_others: float | None = None
+    influence: float | None = None
     modules: Mapping[str, ModuleFacts] = field(default_factory=dict)
     stops: Sequence[str] = ()
     flags: Sequence[str] = ()
@@ -84,6 +87,8 @@ class Inspection:
     """All adapters, sorted by client id; `cosines` has a row and a column of each, in that order.
 
     Attributes:
+        cosines: None beside a client that is not measured.
+        mean_norm: |M|; None where a client is not measured.
         refused: what a merge would refuse, and why.
         left_out: the refused and the excluded.
         not_measured: the tensors that have no size without the base model.
@@ -92,8 +97,8 @@ class Inspection:
     clients: Sequence[Inspected]
     refused: Sequence[Problem]
     left_out: Sequence[LeftOut]
-    cosines: Sequence[Sequence[float]]
-    mean_norm: float
+    cosines: Sequence[Sequence[float | None]]
+    mean_norm: float | None
     not_measured: Sequence[str]
     warnings: Sequence[str]
 
@@ -103,15 +108,18 @@ class Inspection:
         return bool(self.refused) or any(client.stops for client in self.clients)
 
 
-def inspect(sources: Sequence[str | Path], *, screening: Screening, reading: Reading) -> Inspection:
+def inspect(
+    sources: Sequence[str | Path], *, screening: Screening, reading: Reading, base: str | Path | None = None
+) -> Inspection:
     """Read the adapters in `sources` and compare them.
 
     Args:
         screening: its allow-list and exclusions; what else it says is of merging.
+        base: the base model's folder or cached id; by default the one that a merge of the adapters would read.
 
     Raises:
-        NotFoundError: a source names nothing, or may not be read.
-        RefusedError: every adapter is refused.
+        NotFoundError: a source names nothing, or may not be read; the base is not there, or lacks tensors.
+        RefusedError: every adapter is refused, or the base is not theirs.
         NetworkError: the Hub cannot be reached.
     """
     going_on = Screening(
@@ -124,9 +132,37 @@ def inspect(sources: Sequence[str | Path], *, screening: Screening, reading: Rea
             hashes = dict(
                 zip(n, threads.map(lambda folder: folder.file.sha256(), inputs.clients.values()), strict=True)
             )
-            federation = Federation([Client(name, n[name], spectra[name]) for name in n], sum(n.values()))
-            found = _gram(federation, over(threads, partial(_part, federation), federation.names))
-        return _inspection(inputs, found, spectra, hashes)
+            clients = [Client(name, n[name], spectra[name]) for name in n]
+            without = Federation(clients, sum(n.values()), fan_in_fan_out=stores_transposed(inputs.clients))
+            federation, warnings = _with_base(without, inputs, base, reading)
+            found = gram_of(_measurable(federation), threads)
+        squares = {client: each.found for client, each in spectra.items()}
+        seen = _Seen(inputs, federation, found, squares, hashes)
+        return _inspection(seen, [*_warnings(inputs), *warnings])
+
+
+def _with_base(
+    federation: Federation, inputs: Accepted, base: str | Path | None, reading: Reading
+) -> tuple[Federation, list[str]]:
+    """The federation with the base that a merge of it would read, if that is at hand; and what to warn of."""
+    merged = replace(federation, clients=[client for client in federation.clients if client.n > 0])
+    try:
+        return replace(federation, base=base_model_for(merged, inputs.clients, base, tell=reading.tell)), []
+    except MissingBaseError as error:
+        return federation, [f"aggregate needs --base: {error.message}"]
+
+
+def _measurable(federation: Federation) -> Federation:
+    """The clients whose updates have a size: without the base, a DoRA update has none."""
+    return replace(federation, clients=[each for each in federation.clients if _is_measurable(each, federation)])
+
+
+def _is_measurable(client: Client, federation: Federation) -> bool:
+    specs, base = client.adapter.specs, federation.base
+    if base is None and any(isinstance(spec, FactorsSpec) and spec.magnitude for spec in specs.values()):
+        return False
+    sized = (isinstance(spec, FactorsSpec) or (base and base.has(base_name(name))) for name, spec in specs.items())
+    return any(sized)
 
 
 def _weights(inputs: Accepted) -> dict[str, float]:
@@ -147,71 +183,88 @@ def _warnings(inputs: Accepted) -> list[str]:
     return [*inputs.passed_over, *said, *claim_warnings(inputs.clients)]
 
 
-def _part(federation: Federation, name: str) -> Tensor | None:
-    """One module's inner products; None where they would need the base model."""
-    if name not in federation.factor_specs:
-        return None
-    clients = [client.id for client in federation.clients]
-    try:
-        return inner_products.of_module(federation.module(name), clients)
-    except inner_products.NotFinite as error:
-        raise RefusedError([Problem("all clients", name, str(error))]) from error
+@dataclass(frozen=True)
+class _Seen:
+    """What was read; `found` is of those clients only whose updates are measured."""
+
+    inputs: Accepted
+    federation: Federation
+    found: Gram
+    spectra: Mapping[str, Mapping[str, Tensor]]
+    hashes: Mapping[str, str]
+
+    @cached_property
+    def at(self) -> dict[str, int]:
+        """Where each measured client stands in `found`."""
+        return {client: index for index, client in enumerate(self.found.clients)}
+
+    @property
+    def whole(self) -> bool:
+        """Whether every client is measured, so that their mean is."""
+        return len(self.at) == len(self.federation.clients)
+
+    def number(self, client: str, values: Sequence[float]) -> float | None:
+        """A measured client's value."""
+        return _rounded(values[self.at[client]]) if client in self.at else None
+
+    def beside_mean(self, client: str, values: Sequence[float]) -> float | None:
+        """The same of what depends on the mean."""
+        return self.number(client, values) if self.whole else None
 
 
-def _gram(federation: Federation, parts: Sequence[Tensor | None]) -> Gram:
-    clients = federation.clients
-    named = dict(zip(federation.names, parts, strict=True))
-    return gram.total([client.id for client in clients], [client.n for client in clients], named)
-
-
-def _inspection(inputs: Accepted, found: Gram, spectra: Mapping[str, Spectra], hashes: Mapping[str, str]) -> Inspection:
-    stops, flags = reasons_to_stop(inputs, hashes), oddities(inputs, found, hashes)
-    numbers = _Numbers(found)
-    clients = [
-        _inspected(index, client, inputs, numbers, spectra[client].found, hashes[client], stops, flags)
-        for index, client in enumerate(found.clients)
-    ]
+def _inspection(seen: _Seen, warnings: Sequence[str]) -> Inspection:
+    found = seen.found
     return Inspection(
-        clients=clients,
-        refused=inputs.refused,
-        left_out=inputs.left_out,
-        cosines=[[_rounded(value) for value in row] for row in found.cosines.tolist()],
-        mean_norm=_rounded(float(found.norm_of(found.p))),
-        not_measured=found.not_measured,
-        warnings=_warnings(inputs),
+        clients=_inspected(seen),
+        refused=seen.inputs.refused,
+        left_out=seen.inputs.left_out,
+        cosines=_cosines(seen),
+        mean_norm=_rounded(float(found.norm_of(found.p))) if seen.whole else None,
+        not_measured=_not_measured(seen),
+        warnings=warnings,
     )
 
 
-class _Numbers:
-    """Each client's numbers of the Gram matrix, as lists in the clients' order."""
-
-    def __init__(self, found: Gram) -> None:
-        self.gram = found
-        self.norm, self.share = found.norms.tolist(), found.p.tolist()
-        self.to_mean = found.cosines_to(found.p).tolist()
-        self.to_others = found.cosines_to_others
-        self.influence = found.influence.tolist()
+def _not_measured(seen: _Seen) -> list[str]:
+    """What is not measured of some client."""
+    without = [client.adapter.specs for client in seen.federation.clients if client.id not in seen.at]
+    names = {*seen.federation.names} - {*seen.found.modules}
+    return sorted(names.union(*without))
 
 
-def _inspected(
-    index: int,
-    client: str,
-    inputs: Accepted,
-    numbers: _Numbers,
-    squares: Mapping[str, Tensor],
-    sha256: str,
-    stops: Mapping[str, list[str]],
-    flags: Mapping[str, list[str]],
-) -> Inspected:
-    folder, ref = inputs.clients[client], inputs.refs[client]
+def _cosines(seen: _Seen) -> list[list[float | None]]:
+    clients, rows = seen.inputs.clients, seen.found.cosines.tolist()
+    nothing: list[float | None] = [None] * len(clients)
+    return [[seen.number(other, rows[seen.at[c]]) for other in clients] if c in seen.at else nothing for c in clients]
+
+
+def _inspected(seen: _Seen) -> list[Inspected]:
+    stops = reasons_to_stop(seen.inputs, seen.federation, seen.hashes)
+    flags = oddities(seen.inputs, seen.found, seen.hashes)
+    norms, to_mean = seen.found.norms.tolist(), seen.found.cosines_to(seen.found.p).tolist()
+    to_others, influence = seen.found.cosines_to_others, seen.found.influence.tolist()
+    total = sum(client.n for client in seen.federation.clients)
+    return [
+        replace(
+            _facts(client.id, seen),
+            share=_rounded(client.n / total),
+            norm=seen.number(client.id, norms),
+            cosine_to_mean=seen.beside_mean(client.id, to_mean),
+            cosine_to_others=seen.beside_mean(client.id, to_others),
+            influence=seen.beside_mean(client.id, influence),
+            stops=stops.get(client.id, []),
+            flags=flags.get(client.id, []),
+        )
+        for client in seen.federation.clients
+    ]
+
+
+def _facts(client: str, seen: _Seen) -> Inspected:
+    """What an adapter is by itself."""
+    folder, ref = seen.inputs.clients[client], seen.inputs.refs[client]
     stated = folder.statement
     specs = [spec for spec in folder.specs.values() if isinstance(spec, FactorsSpec)]
-    measured = bool(numbers.gram.modules)
-    top, effective = summary(squares)
-
-    def number(values: Sequence[float]) -> float | None:
-        return _rounded(values[index]) if measured else None
-
+    top, effective = summary(seen.spectra[client])
     return Inspected(
         client_id=client,
         source=ref.source,
@@ -223,30 +276,29 @@ def _inspected(
         recipe=stated.recipe.digest if stated and stated.recipe else None,
         num_examples=num_examples(folder),
         size=folder.file.size,
-        sha256=sha256,
+        sha256=seen.hashes[client],
         ranks=sorted({spec.r for spec in specs}),
         scalings=sorted({spec.scaling for spec in specs}),
         full_tensors=len(folder.specs) - len(specs),
-        share=_rounded(numbers.share[index]),
-        norm=number(numbers.norm),
-        cosine_to_mean=number(numbers.to_mean),
-        cosine_to_others=number(numbers.to_others),
-        influence=number(numbers.influence),
         top_share=None if top is None else _rounded(top),
         effective_rank=None if effective is None else _rounded(effective),
-        modules=dict(_modules(folder, squares)),
-        stops=stops.get(client, []),
-        flags=flags.get(client, []),
+        modules=dict(_modules(client, seen)),
     )
 
 
-def _modules(folder: Description, squares: Mapping[str, Tensor]) -> Iterator[tuple[str, ModuleFacts]]:
-    for name in sorted(squares):
-        spec, values = folder.specs[name], squares[name]
-        assert isinstance(spec, FactorsSpec)
-        total = float(values.sum())
-        share = _rounded(float(values.amax(dim=1).sum()) / total) if total else 0.0
-        yield name, ModuleFacts(spec.r, spec.scaling, _rounded(math.sqrt(total)), share)
+def _modules(client: str, seen: _Seen) -> Iterator[tuple[str, ModuleFacts]]:
+    for name, spec in sorted(seen.inputs.clients[client].specs.items()):
+        if isinstance(spec, FactorsSpec):
+            squares = seen.found.modules.get(name)
+            norm = None if squares is None else seen.number(client, squares.clamp(min=0).sqrt().tolist())
+            yield name, ModuleFacts(spec.r, spec.scaling, norm, _top_share(seen.spectra[client].get(name)))
+
+
+def _top_share(values: Tensor | None) -> float | None:
+    if values is None:
+        return None
+    total = float(values.sum())
+    return _rounded(float(values.amax(dim=1).sum()) / total) if total else 0.0
 
 
 def _rounded(value: float) -> float:

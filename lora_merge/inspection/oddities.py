@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lora_merge.adapter import Client
 from lora_merge.aggregation.gram import Gram
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description
@@ -27,10 +26,13 @@ def counts_stated(inputs: Accepted) -> dict[str, float]:
     return {client: float(count) for client, count in counts.items() if count is not None}
 
 
-def reasons_to_stop(inputs: Accepted, hashes: Mapping[str, str]) -> dict[str, list[str]]:
-    """Why `aggregate` would stop, by client; counts are held against those of all who state one."""
+def reasons_to_stop(inputs: Accepted, federation: Federation, hashes: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why `aggregate` would stop, by client; counts are held against those of all who state one.
+
+    Args:
+        federation: of the clients, with the base that `aggregate` would read.
+    """
     sizes = norms(inputs.sketched)
-    federation = Federation([Client(name, 1.0, each) for name, each in inputs.clients.items()], len(inputs.clients))
     whole = judged(federation, hashes, sizes)
     problems = [*outliers(sizes), *whole.problems, *dominant(counts_stated(inputs))]
     said = [(problem.client, f"{problem.field} {problem.reason}") for problem in problems]
@@ -49,9 +51,10 @@ def _merged(inputs: Accepted) -> Iterator[tuple[str, str]]:
 
 
 def oddities(inputs: Accepted, found: Gram, hashes: Mapping[str, str]) -> dict[str, list[str]]:
-    """What else is odd, by client."""
+    """What else is odd, by client; `found` is of those whose update is measured."""
     same = ((copy.client, str(copy)) for copy in copies(inputs.sketched, hashes))
-    return _by_client([*same, *_claims(inputs), *_away(found)])
+    others = "the others' mean" if len(found.clients) == len(inputs.clients) else "the mean of the others measured"
+    return _by_client([*same, *_claims(inputs), *_away(found, others)])
 
 
 def _claims(inputs: Accepted) -> Iterator[tuple[str, str]]:
@@ -63,10 +66,10 @@ def _claims(inputs: Accepted) -> Iterator[tuple[str, str]]:
             yield client, "states no num_examples, so it has no weight of its own"
 
 
-def _away(found: Gram) -> Iterator[tuple[str, str]]:
+def _away(found: Gram, others: str) -> Iterator[tuple[str, str]]:
     for client, cosine in zip(found.clients, found.cosines_to_others, strict=True):
         if cosine < AWAY:
-            yield client, f"points away from the others' mean (cosine {cosine:.2f})"
+            yield client, f"points away from {others} (cosine {cosine:.2f})"
 
 
 def _by_client(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from lora_merge.cli.heat_map import ASCII, BLOCKS, heat_map, shades
+from tests import models
+from tests.adapters import ATTENTION, Kind, clients, edited
 from tests.cli.running import Run, lora_merge
 from tests.cli.test_aggregate import LORA_A, client, poison
 from tests.cli.test_screening import LORA_B, boosted, changed, rotated
+from tests.conftest import Federations
+from tests.dense import base_weights, merged_weights
 
 __all__ = ["lora_merge"]
 
@@ -211,3 +216,71 @@ def test_the_map_has_a_character_for_each_step() -> None:
 def test_blocks_are_only_for_streams_that_can_show_them() -> None:
     assert shades("utf-8") == shades("UTF8") == BLOCKS
     assert shades("ascii") == shades("iso8859-1") == shades(None) == ASCII
+
+
+MIXED = Kind("one DoRA among plain", models.llama, clients({}, {}, {}, {"use_dora": True}, common=ATTENTION))
+SAVED = Kind(
+    "two of four saved the head",
+    models.llama,
+    clients({}, {}, *[{"modules_to_save": ["lm_head"]}] * 2, common=ATTENTION),
+)
+
+
+def test_a_dora_client_leaves_the_others_measured(lora_merge: Run, federations: Federations) -> None:
+    made = federations(MIXED)
+    folders = [str(folder) for folder in made.clients]
+    alone, found = inspected(lora_merge, *folders[:3]), inspected(lora_merge, *folders)
+    assert [each["norm"] for each in found["clients"]] == [*(each["norm"] for each in alone["clients"]), None]
+    assert min(each["norm"] for each in alone["clients"]) > 0
+    assert found["cosines"] == [*([*row, None] for row in alone["cosines"]), [None] * 4]
+    for name in ("cosine_to_mean", "cosine_to_others", "influence"):
+        assert {each[name] for each in found["clients"]} == {None}, name
+    assert found["mean_norm"] is None
+    assert all(module["norm"] is None for module in found["clients"][3]["modules"].values())
+    assert any("aggregate needs --base" in line for line in found["warnings"])
+    code, out, _ = lora_merge("inspect", *folders)
+    assert code == 0
+    assert "'?' not measured" in out
+    assert "not measured, for want of the base model: " in out
+    assert "0.00" not in out
+
+
+def test_beside_the_base_a_dora_client_and_whole_tensors_are_measured(
+    lora_merge: Run, federations: Federations
+) -> None:
+    for kind in (MIXED, SAVED):
+        made = federations(kind)
+        found = inspected(lora_merge, *map(str, made.clients), "--base", str(made.base))
+        start = base_weights(kind.build)
+        for each, folder in zip(found["clients"], made.clients, strict=True):
+            moved = merged_weights(kind, folder)
+            size = sum(float((moved[name] - value).square().sum()) for name, value in start.items()) ** 0.5
+            assert each["norm"] == pytest.approx(size, rel=1e-4)
+            assert each["influence"] is not None
+        assert found["not_measured"] == []
+
+
+@pytest.mark.parametrize("flag", [[], ["-q"]])
+def test_it_judges_with_the_base_that_aggregate_finds(
+    flag: list[str], lora_merge: Run, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(SAVED)
+    shutil.copytree(made.base, tmp_path / "tiny")
+    for folder in made.clients:
+        far = folder == made.clients[3]
+        edited(
+            folder,
+            tmp_path / folder.name,
+            tensors=lambda t, far=far: {k: v + 1e4 if far and "lm_head" in k else v for k, v in t.items()},
+            config={"base_model_name_or_path": "./tiny"},
+        )
+    code, _, err = lora_merge("aggregate", "client-*", "-o", "global", *flag)
+    assert code == 3
+    assert "org/client-3: update: is more than" in err
+    judged, out, talk = lora_merge("inspect", "client-*", *flag)
+    assert judged == 3
+    said = "The base model ./tiny, which the adapters name, is read from tiny (another: --base)."
+    assert (said in err, said in talk) == ((False, False) if flag else (True, True))
+    if not flag:
+        assert "stops the merge: org/client-3: update is more than" in out
+    assert inspected(lora_merge, "client-*", code=3)["not_measured"] == []
