@@ -39,7 +39,7 @@ def claim_warnings(clients: Clients) -> list[str]:
     if silent := [name for name, client in clients.items() if _weights_hash(client) is None]:
         do = "do not state the hash of their" if len(silent) > 1 else "does not state the hash of its"
         warnings.append(f"{_list(silent)} {do} base model's weights; taken on trust.")
-    if len(names := {str(client.config.base_model) for client in clients.values()}) > 1:
+    if len(names := {client.config.base_model for client in clients.values() if client.config.base_model}) > 1:
         warnings.append(f"the base model is named differently: {_list(sorted(names))}.")
     statements = [client.statement for client in clients.values() if client.statement]
     if len({statement.recipe.digest for statement in statements if statement.recipe}) > 1:

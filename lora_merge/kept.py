@@ -7,7 +7,7 @@ strict readers that read a client's own files. Its block ranks say how wide its 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,8 @@ from lora_merge.statement import SCHEMA_VERSION, Statement, StatementError
 OTHERS = "*"
 _CONFIG = ("task_type", "fan_in_fan_out", "bias", "target_parameters")
 _STATED = ("base_model", "seed_lora_A")
+_BASE = "base_model_name_or_path"
+UNTOLD = ""  # in the place of a path
 
 
 class ClaimsError(Malformed):
@@ -30,17 +32,46 @@ class ClaimsError(Malformed):
 
 
 def claims_of(client: Description) -> dict[str, Any]:
-    """What to keep of a client's config and statement. A base model's path on somebody's machine is not kept."""
+    """What to keep of a client's config and statement."""
     config, plain = client.config, AdapterConfig()
     claims: dict[str, Any] = {}
-    if config.base_model and not is_local(config.base_model):
-        claims["base_model_name_or_path"] = config.base_model
+    if config.base_model:
+        claims[_BASE] = config.base_model
     for key in _CONFIG:
         if (value := getattr(config, key)) != getattr(plain, key):
             claims[key] = list(value) if isinstance(value, tuple) else value
     if client.statement:
         claims["statement"] = {key: asdict(client.statement)[key] for key in _STATED}
     return claims
+
+
+def without_paths(contributions: Iterable[Contribution], base_model: str | None) -> list[Contribution]:
+    """The contributions as a ledger of this `base_model` may hold them.
+
+    Beside a repository's name, which can be published, no path on somebody's machine is kept. Where the base itself is
+    known by nothing but paths, nothing is published; and the name of the merge depends on each of them.
+    """
+    if base_model is None or is_local(base_model):
+        return list(contributions)
+    return [
+        replace(each, claims={**each.claims, _BASE: UNTOLD}) if each.claims and _is_path(each.claims) else each
+        for each in contributions
+    ]
+
+
+def paths_in(contributions: Iterable[Contribution]) -> list[str]:
+    """The ids of those whose claims hold a base model's path on somebody's machine."""
+    return [each.client_id for each in contributions if each.claims and _is_path(each.claims)]
+
+
+def is_untold(contribution: Contribution) -> bool:
+    """Whether a base model's path was left out of the claims."""
+    return bool(contribution.claims) and (contribution.claims or {}).get(_BASE) == UNTOLD
+
+
+def _is_path(claims: Mapping[str, Any]) -> bool:
+    name = claims.get(_BASE)
+    return isinstance(name, str) and is_local(name)
 
 
 def descriptions_of(contributions: Iterable[Contribution]) -> dict[str, Description]:
@@ -70,7 +101,7 @@ def _claimed(contribution: Contribution) -> tuple[AdapterConfig, Statement | Non
 @lru_cache(maxsize=32)  # the clients of a federation mostly claim the same
 def _config(text: str) -> AdapterConfig:
     claims = json.loads(text)
-    if unknown := sorted(set(claims) - {"base_model_name_or_path", *_CONFIG}):
+    if unknown := sorted(set(claims) - {_BASE, *_CONFIG}):
         raise ClaimsError(f"claims.{unknown[0][:100]}", "unknown entry")
     config, problems = read_config({"peft_type": "LORA", "init_lora_weights": True, **claims})
     if problems:

@@ -26,7 +26,7 @@ from lora_merge.checkpoint.planned import FactorsMerge, FullMerge, Measured, Mer
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
 from lora_merge.intake import Accepted
-from lora_merge.kept import claims_of, packed, ranks_of
+from lora_merge.kept import claims_of, packed, ranks_of, without_paths
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Certificate, Contribution, Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
@@ -112,7 +112,7 @@ def ledger_of(
         weighting=lock.weighting,
         total_weight=federation.total,
         base_model=lock.base_model,
-        contributions=contributions,
+        contributions=without_paths(contributions, lock.base_model),
         certificate=_certificate(measured, settings),
         forms=dict(sorted(Counter(module.form for module in measured).items())),
         ranks=sorted({module.r for module in measured if module.r is not None}),

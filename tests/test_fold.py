@@ -16,7 +16,7 @@ from lora_merge.errors import ConflictError, NotFoundError, RefusedError, UsageE
 from lora_merge.folding import corridor
 from lora_merge.folding.onto import fold
 from lora_merge.verify import verify
-from tests.adapters import KINDS, Kind, edited
+from tests.adapters import KINDS, Kind, edited, rewrite_json
 from tests.conftest import Federations, digests
 from tests.dense import error, mean_model
 from tests.folds import FILES, SCREENING, interleaved, mean_of, truncated, write_client
@@ -118,6 +118,52 @@ def test_clients_of_weight_zero_are_in_the_ledger_and_in_no_stack(thin_clients: 
     fold(thin_clients[:2], onto, weights={name: weights[name] for name in ("org/client-0", "org/client-1")})
     fold(thin_clients[2:], onto, weights={"org/client-2": 3.0})
     same_as_one_merge(onto, thin_clients, tmp_path / "one", weights=weights)
+
+
+@pytest.mark.parametrize("name", ["/models/llama", "tiny"])
+@pytest.mark.parametrize("method", ["exact", "svd"])
+def test_a_base_known_by_a_path_keeps_its_name_whoever_comes_and_goes(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    clients = [plain_client(tmp_path / f"client-{i}", i, name) for i in range(4)]
+    onto, rank = tmp_path / "global", {"rank": 2} if method == "svd" else {}
+    aggregate(clients[:3], onto, method=method, weights="uniform", screening=None, **rank)
+    files = clients[:3] if method == "svd" else []
+    for made in (
+        fold([clients[3], *files], onto, screening=None),
+        fold(files, onto, withdraw=["client-3"], screening=None),
+    ):
+        assert not [line for line in made.warnings if "named differently" in line]
+    assert json.loads((onto / SAME[1]).read_text())["base_model_name_or_path"] == name
+    same_as_one_merge(onto, clients[:3], tmp_path / "one", method=method, weights="uniform", **rank)
+    assert verify(onto, clients[:3]).verdict == "identical"
+
+
+def test_beside_a_repositorys_name_no_path_is_kept_and_what_depends_on_one_is_read_again(tmp_path: Path) -> None:
+    clients = [plain_client(tmp_path / f"client-{i}", i, f"/home/{i}/llama" if i else "org/base") for i in range(4)]
+    onto = tmp_path / "global"
+    fold(clients[1:3], onto, weights="uniform", screening=None)
+    same_as_one_merge(onto, clients[1:3], tmp_path / "one", weights="uniform")
+    fold(clients[:1], onto, screening=None)
+    fold(clients[3:], onto, screening=None)
+    assert b"/home/" not in b"".join(path.read_bytes() for path in onto.iterdir())
+    same_as_one_merge(onto, clients, tmp_path / "one", weights="uniform")
+    before = digests(onto)
+    with pytest.raises(NotFoundError, match="a path of client-1, which is not kept"):
+        fold([], onto, withdraw=["client-0"])
+    assert digests(onto) == before
+    assert fold(clients[1:], onto, withdraw=["client-0"], screening=None).again
+    same_as_one_merge(onto, clients[1:], tmp_path / "one", weights="uniform")
+
+
+def plain_client(folder: Path, seed: int, base: str) -> Path:
+    """A PEFT folder that states nothing, of a base that it calls `base`."""
+    write_client(folder, seed, 24, 2)
+    (folder / "lora_merge.json").unlink()
+    rewrite_json(folder / SAME[1], {"base_model_name_or_path": base})
+    return folder
 
 
 def test_peft_answers_with_the_folded_mean(federations: Federations, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ import torch
 
 from lora_merge.adapter import Client, Factors, FactorsSpec
 from lora_merge.aggregation.blocks import may_share
+from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.checkpoint.planned import DTYPES
 from lora_merge.checkpoint.stacks import Run
 from lora_merge.folding.global_adapter import GlobalAdapter
-from lora_merge.kept import ranks_of
+from lora_merge.kept import is_untold, ranks_of
 
 Weights = Mapping[str, float]  # n by client id, sorted
 
@@ -46,11 +47,22 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Weig
     arrivals = {client: folder for client, folder in new.items() if weights[client]}
     if client := next((client for client, folder in arrivals.items() if not is_plain(folder)), None):
         return f"{client} trained more than low-rank updates"
+    if client := _names_the_base_untold(before, new, weights):
+        return f"the base model's name would be a path of {client}, which is not kept"
     stay = {client: at for at, client in enumerate(before.contributions) if client in weights and client not in new}
     for name in sorted({name for folder in arrivals.values() for name in folder.specs} | before.stacks.specs.keys()):
         if reason := _obstacle(name, before, stay, arrivals):
             return reason
     return None
+
+
+def _names_the_base_untold(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Weights) -> str | None:
+    """Who of those that stay may give the base its name by a path that is not kept: where nobody names a repository."""
+    stay = [each for client, each in before.contributions.items() if client in weights and client not in new]
+    if not (untold := [each.client_id for each in stay if is_untold(each)]):
+        return None
+    name = agreed_base_model({client: new.get(client) or before.descriptions[client] for client in weights})
+    return None if name and not is_local(name) else untold[0]
 
 
 def is_plain(folder: PeftFolder) -> bool:

@@ -16,6 +16,7 @@ from lora_merge.checkpoint.intact import WAY_ON, alterations
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, FolderRefused, PeftFolder, open_folder
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, Refusals, RefusedError
+from lora_merge.kept import paths_in
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
 from lora_merge.ledger import Ledger
 from lora_merge.ledger_form import LedgerError
@@ -145,6 +146,13 @@ def _require_repository_as_base(adapter: PeftFolder, ledger: Ledger | None) -> N
         Problem(str(adapter.folder), field, f"{name} is a folder here too, so it may be either")
         for field, name in names.items()
         if name and name != stated and Path(name).is_dir()
+    ]
+    paths = paths_in(ledger.contributions) if ledger else []
+    problems += [
+        Problem(
+            str(adapter.folder), "aggregation.json, contributions", f"the base model of {client} is named by a path"
+        )
+        for client in paths
     ]
     if problems:
         hint = "Write the base model's repository id there, as in org/model: only you know which one it is."

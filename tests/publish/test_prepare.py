@@ -52,6 +52,13 @@ def test_a_merged_adapter_takes_its_ledger_and_its_lock_along(merged: Path) -> N
     assert {"aggregation.json", "lora-merge.lock"} <= names(prepare(merged, REPO))
 
 
+def test_a_path_that_a_ledger_keeps_of_a_client_is_not_published(merged: Path) -> None:
+    contributions = json.loads((merged / "aggregation.json").read_text())["contributions"]
+    contributions[0]["claims"]["base_model_name_or_path"] = "/home/me/llama"
+    edit(merged / "aggregation.json", contributions=contributions)
+    assert f"the base model of {contributions[0]['client_id']} is named by a path" in str(refusal(merged))
+
+
 def test_nothing_is_written(client_a: Path) -> None:
     before = {path.name: path.read_bytes() for path in client_a.iterdir()}
     prepare(client_a, REPO)
