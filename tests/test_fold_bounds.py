@@ -1,6 +1,7 @@
 """What a folded mean says of its distance from the mean of all clients: never less than it is."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
 from lora_merge.errors import NotFoundError
-from lora_merge.folding.onto import fold
+from lora_merge.folding.onto import fold, plan
 from lora_merge.verify import verify
 from tests.conftest import digests
 from tests.folds import FILES, error, mean_of, truncated, write_client
@@ -41,7 +42,7 @@ def bound_of(folder: Path) -> float:
     """The bound in a ledger; infinite where there is no guarantee."""
     certificate = json.loads((folder / "aggregation.json").read_text())["certificate"]
     assert certificate["measured_by"] in ("exact", "bound")
-    return certificate["whole"]["relative_error"] if certificate["whole"] else float("inf")
+    return certificate["whole"]["relative_error"] if certificate["whole"] else math.inf
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -102,6 +103,34 @@ def test_a_truncated_mean_without_a_core_is_merged_again_where_files_are_there(t
     aggregate(folders[:3], onto, method="svd", rank=4, screening=None)
     assert fold(folders, onto, screening=None).again
     assert (onto / CORE).exists()
+
+
+def test_naming_all_who_are_in_makes_good_what_a_fold_without_a_core_lost(tmp_path: Path) -> None:
+    folders, onto, once = clients(tmp_path, 5), tmp_path / "global", tmp_path / "once"
+    aggregate(folders[:4], onto, method="svd", rank=4, screening=None)
+    fold(folders[4:], onto, screening=None)
+    assert bound_of(onto) == math.inf
+    planned = plan(folders, onto, screening=None)
+    made = fold(folders, onto, screening=None)
+    assert made.changed
+    assert made.again == planned.again == "it had no core that arrivals can be folded into"
+    aggregate(folders, once, method="svd", rank=4, screening=None)
+    assert digests(onto)[FILES[0]] == digests(once)[FILES[0]]
+    assert (onto / CORE).exists()
+    assert verify(onto, folders).verdict == "identical"
+    assert not fold(folders, onto, screening=None).changed
+    assert plan(folders, onto, screening=None).again is None
+
+
+def test_a_bound_that_was_lost_comes_back_once_all_who_are_in_are_named(tmp_path: Path) -> None:
+    folders, onto = clients(tmp_path, 5), tmp_path / "global"
+    for folder in folders:
+        fold([folder], onto, method="fedavg", screening=None)
+    assert bound_of(onto) == math.inf
+    assert not fold(folders[1:], onto, screening=None).changed
+    assert fold(folders, onto, screening=None).again == "its certificate was no guarantee"
+    assert bound_of(onto) < math.inf
+    assert not fold(folders, onto, screening=None).changed
 
 
 def test_a_lora_a_that_all_share_with_files_gone_is_an_error_and_changes_nothing(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def _plan_table(found: "FoldPlan") -> "Table":
     if found.weights:
         new = (f"{client} (weight {n:g})" for client, n in found.weights.items() if client not in found.replaced)
         table.add_row("to add", plain(", ".join(new) or "nobody"))
-    if not (found.weights or found.withdrawn):
+    if not (found.weights or found.withdrawn or found.again):
         table.add_row("nothing new", "nothing would be written")
     else:
         table.add_row("how", plain(f"all files again: {found.again}" if found.again else "by what is stored"))

@@ -64,6 +64,16 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapp
     return None if ledger.dtype == "fp32" else f"a mean is not kept in {ledger.dtype}"
 
 
+def worth_merging_again(before: GlobalAdapter) -> str | None:
+    """Why all clients' files, where they are all named, make more of a mean in which nothing is new; None where not."""
+    certificate = before.ledger.certificate
+    if before.ledger.method == "svd" and not before.core:
+        return "it had no core that arrivals can be folded into"
+    if certificate.measured_by == "bound" and certificate.whole is None:
+        return "its certificate was no guarantee"
+    return None
+
+
 def lost_without_core(before: GlobalAdapter, reason: str) -> str:
     """What to tell where a truncated mean had to stand for its clients itself; `reason`: why they are not all there."""
     has, rank = "has lost its" if CORE_NAME in (before.ledger.files or ()) else "has no", before.ledger.options["rank"]

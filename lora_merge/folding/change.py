@@ -37,6 +37,7 @@ class Change:
         stay: the contributions that stay as they are, by client id.
         weights: n of all afterwards, by client id, sorted.
         withdrawn: who is taken out.
+        afresh: why all files are to be read again, though the global adapter might do; None where it may.
     """
 
     before: GlobalAdapter
@@ -44,6 +45,7 @@ class Change:
     arrivals: Arrivals
     weights: Mapping[str, float]
     withdrawn: Sequence[str]
+    afresh: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def parts_of(
     clients = {client: new.get(client) or before.descriptions[client] for client in change.weights}
     _refuse(clients, [*_stored(change, device), *(Client(client, 1.0, folder) for client, folder in new.items())])
     in_blocks = METHODS[before.ledger.method].folds == "blocks"
-    why = (by_blocks if in_blocks else by_mean).obstacle(before, new, change.weights)
+    why = change.afresh or (by_blocks if in_blocks else by_mean).obstacle(before, new, change.weights)
     if why is None or (why == by_mean.NO_CORE and not pinned):
         yield _by_itself(change, clients, by_blocks.stacked if in_blocks else by_mean.with_stand_in, device)
         return

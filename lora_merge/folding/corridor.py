@@ -19,8 +19,16 @@ from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME
 from lora_merge.checkpoint.planned import CertificateMode, Measured, Settings
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
-from lora_merge.folding.arrivals import arriving, refs_of, require_rule, weights_of_arrivals, withdrawn
-from lora_merge.folding.by_mean import bound
+from lora_merge.folding.arrivals import (
+    Arrivals,
+    Contributions,
+    arriving,
+    refs_of,
+    require_rule,
+    weights_of_arrivals,
+    withdrawn,
+)
+from lora_merge.folding.by_mean import bound, worth_merging_again
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
 from lora_merge.folding.late import screened, wholly_screened, with_screening
@@ -34,7 +42,7 @@ from lora_merge.provenance import ledger_of, lock_of, write_records
 from lora_merge.screening.measuring import Findings
 from lora_merge.screening.selection import Selection
 from lora_merge.screening.stops import Screening
-from lora_merge.sources.reference import Progress
+from lora_merge.sources.reference import AdapterRef, Progress
 from lora_merge.sources.rooms import open_rooms
 
 if TYPE_CHECKING:
@@ -53,7 +61,8 @@ class Fold:
 
     Attributes:
         output: the folder that holds the result; where nothing was new, the global adapter as it was.
-        added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was written.
+        added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was written, unless
+            `again` says otherwise.
         left_out: who was named and is not in it for that, and why.
         again: why all clients had to be merged again from their files; None where the global adapter itself did.
         published: the commit that brought it to the repository that was folded onto.
@@ -71,7 +80,7 @@ class Fold:
 
     @property
     def changed(self) -> bool:
-        return bool(self.added or self.replaced or self.withdrawn)
+        return bool(self.added or self.replaced or self.withdrawn or self.again)
 
 
 @dataclass(frozen=True)
@@ -127,11 +136,13 @@ def fold_folder(
         refs = refs_of(rooms, sources, onto.place, [before.contributions[client] for client in gone])
         with arriving(rooms, refs, stay, reading, selection) as arrived:
             arrivals, found = screened(arrived, before, stay, selection) if how.screening else (arrived, Findings())
-            if not arrivals.new and not gone:
+            nothing_new = not arrivals.new and not gone
+            afresh = worth_merging_again(before) if nothing_new and _are_named(stay, refs, arrivals) else None
+            if nothing_new and not afresh:
                 notes, left_out = [*rooms.notes, *selection.notes], sorted(selection.left_out)
                 return Fold(onto.given or onto.folder, before.ledger, warnings=notes, left_out=left_out)
             weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
-            change = change_of(before, arrivals, weighed.n, gone)
+            change = replace(change_of(before, arrivals, weighed.n, gone), afresh=afresh)
             device = device_named(how.device)
             with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
                 if how.screening and parts.again and arrivals.new:
@@ -153,6 +164,12 @@ def fold_folder(
                 ],
                 left_out=sorted(selection.left_out),
             )
+
+
+def _are_named(stay: Contributions, refs: Sequence[AdapterRef], arrivals: Arrivals) -> bool:
+    """Whether the sources name all who are in, at what is in."""
+    at_commit = {(ref.source, ref.commit) for ref in refs if ref.commit}
+    return all(client in arrivals.known or (each.source, each.commit) in at_commit for client, each in stay.items())
 
 
 def _first(

@@ -52,7 +52,8 @@ def fold(
     """Bring what is new in `sources` into the global adapter `onto`, which is made where there is none.
 
     An update that is in at the same commit (without commits: with the same files) is nothing new; at another commit it
-    takes the old one's place. For `exact` the bytes are those of one merge of the same clients.
+    takes the old one's place. For `exact` the bytes are those of one merge of the same clients. A truncated mean
+    without a core, or a mean without a bound, is merged again where the sources name all who are in it.
 
     Args:
         onto: a folder, or a repository of the Hub. Options that are None are as it was made with; others must be so.
@@ -163,7 +164,7 @@ def _published(made: Fold, located: Located, private: bool | None, reading: Read
     from lora_merge.publish.repository import Target
 
     target = Target(located.place, private=private, parent=located.commit)
-    names = [f"{what} {', '.join(who)}" for what, who in _changes(made) if who]
+    names = [f"{what} {', '.join(who)}" for what, who in _changes(made) if who] or ["merge all again"]
     message = one_line(f"Fold: {'; '.join(names)}")[:200]  # a ledger may be a stranger's
     pushed = push(made.output, target, message=message, max_wait=reading.max_wait, tell=reading.tell)
     unsigned = [UNSIGNED] if SIGNATURE_NAME in pushed.published.removed else []

@@ -1,7 +1,7 @@
 """`aggregate --onto --dry-run`: what a fold would bring in, and what it would read; nothing is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -79,10 +79,12 @@ def plan_of(
         listed = {client: cast(PeftFolder, _listed(candidate)) for client, candidate in new.items()}
         arrivals = Arrivals(listed, new, replaces, {}, {})
         known = sorted({client for client in stay if client in found.known})
-        if not new and not gone:
+        nothing_new = not new and not gone
+        afresh = by_mean.worth_merging_again(before) if nothing_new and len(known) == len(stay) else None
+        if nothing_new and not afresh:
             return FoldPlan(onto.place, known, (), (), (), {}, warnings=[*rooms.notes, *selection.notes])
         n = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection).n
-        change = change_of(before, arrivals, n, gone)
+        change = replace(change_of(before, arrivals, n, gone), afresh=afresh)
         _refuse_misfits(change)
         again = _again(change)
         others, lost = _others(rooms, change) if again else ([], None)
@@ -121,7 +123,7 @@ def _again(change: Change) -> str | None:
     before = change.before
     obstacle = by_blocks.obstacle if METHODS[before.ledger.method].folds == "blocks" else by_mean.obstacle
     try:
-        return obstacle(before, change.arrivals.new, change.weights)
+        return change.afresh or obstacle(before, change.arrivals.new, change.weights)
     except _UnreadError:
         return None  # a factor that all share is seen only in the values
 
