@@ -218,9 +218,25 @@ def test_nothing_new_writes_nothing(thin_clients: list[Path], tmp_path: Path) ->
     onto = tmp_path / "global"
     fold(thin_clients, onto)
     before = {path: path.stat().st_mtime_ns for path in onto.iterdir()}
-    assert not fold(thin_clients, onto, output=tmp_path / "other").changed
+    made = fold(thin_clients, onto)
+    assert (made.changed, made.output) == (False, onto)
     assert {path: path.stat().st_mtime_ns for path in onto.iterdir()} == before
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "svd", "rank": 2}], ids=["exact", "svd"])
+def test_a_result_that_is_asked_for_elsewhere_is_made_though_nothing_is_new(
+    options: dict[str, Any], thin_clients: list[Path], tmp_path: Path
+) -> None:
+    onto, other = tmp_path / "global", tmp_path / "other"
+    fold(thin_clients[:2], onto, **options)
+    before = digests(onto)
+    made = fold(thin_clients[:1], onto, output=other)
+    assert (made.changed, made.output) == (False, other)
+    assert digests(onto) == digests(other) == before
+    with pytest.raises(UsageError, match="exists already"):
+        fold(thin_clients[:1], onto, output=other)
+    assert not fold([], onto, output=other, force=True).changed
+    assert fold(thin_clients[2:], other).added == ["org/client-2"]
 
 
 def test_the_ledger_names_the_global_that_was_folded_onto(thin_clients: list[Path], tmp_path: Path) -> None:

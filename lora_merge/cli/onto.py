@@ -58,11 +58,13 @@ def run_fold(
     if result.again:
         out.say(f"All clients were merged again: {result.again}.")
     seconds = time.monotonic() - started
-    pushed = publish_result(out, output, target, max_wait) if output and result.changed else None
+    pushed = publish_result(out, output, target, max_wait) if output else None
     pushed = pushed or result.published
     record = _as_json(result, seconds) | push_record(pushed)
     made = pushed.published.commit if pushed and not output else str(result.output)
-    out.result(record, made=made, show=lambda: _table(result, seconds, rows, push_summary(pushed)))
+    is_copy = not result.changed and result.output == output and output != Path(onto)
+    unchanged = f"{output} is a copy of {onto}." if is_copy else f"{result.output} is as it was."
+    out.result(record, made=made, show=lambda: _table(result, unchanged, seconds, rows, push_summary(pushed)))
 
 
 def show_plan(out: Output, sources: list[str], onto: str, options: Mapping[str, Any]) -> None:
@@ -114,13 +116,19 @@ def _as_json(result: "Fold", seconds: float) -> dict[str, Any]:
 
 
 def _table(
-    result: "Fold", seconds: float, rows: "Callable[[Ledger], Iterator[tuple[str, str]]]", published: str
+    result: "Fold",
+    unchanged: str,
+    seconds: float,
+    rows: "Callable[[Ledger], Iterator[tuple[str, str]]]",
+    published: str,
 ) -> "Table":
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     if not result.changed:
-        table.add_row("nothing new", plain(f"{result.output} is as it was."))
+        table.add_row("nothing new", plain(unchanged))
+        if published:
+            table.add_row("published", plain(published.strip()))
         return table
     title = "global adapter" if result.ledger.parent else "new global adapter"  # a slip in a name makes one too
     table.add_row(title, plain(f"{result.output}  ({seconds:.1f} s)"))

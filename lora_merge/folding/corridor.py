@@ -1,6 +1,7 @@
 """The corridor of folding: a global adapter's folder and what arrives, to the folder of the next one."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,8 @@ from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.folder import alone_beside, atomic_folder
-from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME
+from lora_merge.checkpoint.intact import OWN_NAMES
+from lora_merge.checkpoint.peft_folder import CORE_NAME, LEDGER_NAME, WEIGHTS_NAME
 from lora_merge.checkpoint.planned import CertificateMode, Measured, Settings
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
@@ -60,8 +62,8 @@ class Fold:
     """What came of folding.
 
     Attributes:
-        output: the folder that holds the result; where nothing was new, the global adapter as it was.
-        added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was written, unless
+        output: the folder that holds the result; where nothing was new, the global adapter as it was, or its copy.
+        added, replaced, withdrawn: client ids; all empty where nothing was new, and then nothing was merged, unless
             `again` says otherwise.
         left_out: who was named and is not in it for that, and why.
         again: why all clients had to be merged again from their files; None where the global adapter itself did.
@@ -91,7 +93,7 @@ class Located:
         folder: on this machine, None where there is none yet.
         place: what the user calls it; of a folder, its whole path.
         commit: of its repository.
-        given: a folder as the user wrote it.
+        given: what the user wrote, where the result is to be a folder.
     """
 
     folder: Path | None
@@ -140,7 +142,7 @@ def fold_folder(
             afresh = worth_merging_again(before) if nothing_new and _are_named(stay, refs, arrivals) else None
             if nothing_new and not afresh:
                 notes, left_out = [*rooms.notes, *selection.notes], sorted(selection.left_out)
-                return Fold(onto.given or onto.folder, before.ledger, warnings=notes, left_out=left_out)
+                return Fold(_as_it_was(before, onto, target), before.ledger, warnings=notes, left_out=left_out)
             weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
             change = replace(change_of(before, arrivals, weighed.n, gone), afresh=afresh)
             device = device_named(how.device)
@@ -164,6 +166,19 @@ def fold_folder(
                 ],
                 left_out=sorted(selection.left_out),
             )
+
+
+def _as_it_was(before: GlobalAdapter, onto: Located, target: Path) -> Path:
+    """Where the global adapter lies in which nothing is new: where a result is asked for elsewhere, a copy of it."""
+    folder = before.folder.folder
+    if onto.given is None or os.path.realpath(target) == os.path.realpath(folder):
+        return onto.given or folder
+    with atomic_folder(target, force=True) as work:
+        for name in (*OWN_NAMES, LEDGER_NAME, LOCK_NAME, SIGNATURE_NAME, "README.md"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, work / name)
+        _require_as_read(before)
+    return target
 
 
 def _are_named(stay: Contributions, refs: Sequence[AdapterRef], arrivals: Arrivals) -> bool:

@@ -48,6 +48,17 @@ def test_a_plan_onto_nothing_is_exit_4(lora_merge: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "global").exists()
 
 
+def test_with_nothing_new_an_output_is_said_to_be_a_copy(lora_merge: Run, tmp_path: Path) -> None:
+    write_client(tmp_path / "a", 0, 24, 2)
+    assert lora_merge("aggregate", "a", "--onto", "global")[0] == 0
+    code, out, _ = lora_merge("aggregate", "a", "--onto", "global", "--output", "other")
+    assert code == 0
+    assert "other is a copy of global." in out
+    assert digests(tmp_path / "other") == digests(tmp_path / "global")
+    assert lora_merge("aggregate", "a", "--onto", "global", "--output", "third", "-q")[1] == "third\n"
+    assert "global is as it was." in lora_merge("aggregate", "a", "--onto", "global")[1]
+
+
 def test_a_clients_own_adapter_is_no_global_one_to_fold_onto(lora_merge: Run, tmp_path: Path) -> None:
     for i, name in enumerate("ab"):
         write_client(tmp_path / name, i, 24, 2)
