@@ -1,5 +1,6 @@
 """Watching: whoever arrives comes in, one at a time and once, whatever fails, stops or is killed in between."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -340,7 +341,8 @@ def test_the_command_prints_a_line_for_each_arrival_and_the_end(lora_merge: Run,
         client(tmp_path / "clients", number, num_examples=10 * number + 10)
     code, out, _ = lora_merge("watch", "clients/*", "--onto", "global", "--until", "2")
     assert code == 0
-    assert [line.split() for line in out.splitlines()[:3]] == [
+    assert [line.split() for line in out.splitlines()[:4]] == [
+        ["clients", "arrived", "examples"],
         ["0", "0"],
         ["1", "org/client-0", "added", "10"],
         ["2", "org/client-1", "added", "30"],
@@ -353,6 +355,30 @@ def test_the_command_prints_a_line_for_each_arrival_and_the_end(lora_merge: Run,
     assert (code, out) == (0, f"{tmp_path / 'global'}\n")
     code, out, _ = lora_merge("watch", "clients/*", "--onto", "global", "--for", "soon", "--json")
     assert (code, json.loads(out)["error"]["code"]) == (2, 2)
+
+
+def test_where_all_were_refused_nothing_is_named_as_made_and_the_way_on_is_said(
+    lora_merge: Run, tmp_path: Path
+) -> None:
+    (client(tmp_path / "clients", 0) / "lora_merge.json").unlink()
+    watch = ("watch", "clients/*", "--onto", "global", "--for", "0.5s")
+    assert lora_merge(*watch, "-q")[:2] == (3, "")
+    code, out, _ = lora_merge(*watch, "--json")
+    _, refused, end = map(json.loads, out.splitlines())
+    assert (code, end["clients"]) == (3, 0)
+    assert refused["hint"] == "To let it in, watch with --weights uniform."
+    assert refused["hint"] in lora_merge(*watch)[1]
+    assert lora_merge("watch", "./nobody/*", "--onto", "global", "--for", "0.5s", "-q")[:2] == (0, "")
+    code, out, _ = lora_merge(*watch, "-q", "--until", "1", "--weights", "uniform")
+    assert (code, out) == (0, f"{tmp_path / 'global'}\n")
+
+
+def test_what_is_read_from_here_is_said_once_and_not_at_every_look(watcher: Watcher) -> None:
+    sources = [str(client(watcher.folder / "org", number).relative_to(watcher.folder)) for number in range(2)]
+    clock, told = Clock(), Reading(tell=watcher.told.append)
+    with contextlib.chdir(watcher.folder):
+        list(watch(sources, "global", seconds=100.0, reading=told, wait=clock.wait, clock=lambda: clock.now))
+    assert len(watcher.told) == len(set(watcher.told))
 
 
 def test_the_command_measures_after_each_arrival(lora_merge: Run, tmp_path: Path, base: Path, held_out: Path) -> None:

@@ -99,17 +99,17 @@ class Output:
                 self._stdout.print(drawn)
             self._write("".join(line.rstrip() + "\n" for line in capture.get().split("\n")[:-1]))
 
-    def event(self, data: dict[str, Any], show: str) -> None:
-        """Print one of several results: `data` under ``--json``, nothing under ``-q``, else the line `show`."""
+    def event(self, data: dict[str, Any], *lines: str) -> None:
+        """Print one of several results: `data` under ``--json``, nothing under ``-q``, else its `lines`."""
         if self.as_json:
             self._write(self._object(data))
         elif not self.quiet:
-            self._write(one_line(show).rstrip() + "\n")
+            self._write("".join(one_line(line).rstrip() + "\n" for line in lines))
 
     @property
-    def is_seen(self) -> bool:
-        """Whether results are drawn on a terminal, for somebody to read."""
-        return not (self.as_json or self.quiet) and self._stdout.is_terminal
+    def columns(self) -> int:
+        """How wide a line of the results may be: as the terminal is, or without end in a pipe."""
+        return self._stdout.width
 
     def say(self, text: object = "") -> None:
         """A line of talk, to stderr; silent under ``-q`` and ``--json``."""

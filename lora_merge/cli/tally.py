@@ -1,12 +1,14 @@
 """How a watch is shown: a line for each event as it happens, and what has happened in all at the end."""
 
 import re
+import textwrap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.cli.output import Output, plain
+from lora_merge.errors import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,8 +16,48 @@ if TYPE_CHECKING:
     from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
     from lora_merge.watching.scores import Scores
 
-_COLUMNS = "{:>7}  {:<24}  {:<8}  {:>9}  {:<23}  {:<19}  {}"
-_TITLES = ("clients", "arrived", "", "examples", "loss, nats a token", "perplexity", "global adapter")
+_WIDTHS = {"clients": 7, "arrived": 24, "": 8, "examples": 9, "loss, nats a token": 21, "perplexity": 20, "commit": 12}
+_TO_THE_RIGHT = ("clients", "examples")
+_GIVEN_UP = ("perplexity", "commit", "examples")  # on a narrow terminal, in this order
+_SHORTEST = 12  # letters of a client's name, while there is a column to give up
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is shown of each event: the columns by title, each with its width; and how long a name and a line may be."""
+
+    widths: Mapping[str, int]
+    longest_name: int
+    room: int
+
+    def line(self, cells: Mapping[str, object]) -> str:
+        """One line of `cells` by title; without those of the last columns, it ends earlier."""
+        named = {**cells, "arrived": _shortened(str(cells["arrived"]), self.longest_name)}
+        return "  ".join(
+            f"{named[title]!s:{'>' if title in _TO_THE_RIGHT else '<'}{width}}"
+            for title, width in self.widths.items()
+            if title in named
+        )
+
+
+def columns_of(room: int, *, measured: bool, on_hub: bool) -> Columns:
+    """The columns of a watch that hold anything, and fit into a line of `room`."""
+    empty = [*(() if measured else ("loss, nats a token", "perplexity")), *(() if on_hub else ("commit",))]
+    widths = {title: width for title, width in _WIDTHS.items() if title not in empty}
+
+    def left() -> int:
+        return room - sum(2 + width for title, width in widths.items() if title != "arrived")
+
+    for title in _GIVEN_UP:
+        if left() < _SHORTEST:
+            widths.pop(title, None)
+    longest = max(left(), len("arrived"))
+    return Columns({**widths, "arrived": min(widths["arrived"], longest)}, longest, room)
+
+
+def _shortened(name: str, longest: int) -> str:
+    """The end of a name that is too long: it tells clients of one owner apart."""
+    return name if len(name) <= longest else f"..{name[2 - longest :]}"
 
 
 @dataclass
@@ -25,6 +67,7 @@ class Tally:
     place: str
     began: float
     curve: str | None
+    columns: Columns
     stopped: str = "interrupted"
     commit: str | None = None
     clients: int = 0
@@ -61,7 +104,7 @@ def show(out: Output, event: "Event", tally: Tally, scores: "Scores | None") -> 
         _arrived(out, event, tally, scores)
     elif isinstance(event, Refusal):
         tally.refused[event.source] = event
-        out.event(_refused(event), _COLUMNS.format(tally.clients, event.source, "refused", "", event.reason, "", ""))
+        out.event(_refused(event), *_refusal(event, tally))
     elif isinstance(event, Conflict):
         tally.conflicts += 1
         out.say(f"{event.reason} Looking again.")
@@ -74,13 +117,11 @@ def _started(out: Output, event: "Started", tally: Tally, scores: "Scores | None
     from lora_merge.watching.curve import examples_of
 
     _seen(tally, event)
-    if out.is_seen:
-        out.event({}, _COLUMNS.format(*_TITLES))
     examples = examples_of(event.ledger) if event.ledger else 0
     record = {"event": "started", "global": event.place, "commit": event.commit, "clients": tally.clients}
-    measured = list(scores.of(tally.place, event)) if scores else []
-    score = _score(measured)
-    out.event({**record, "examples": examples, **score}, _line(tally.clients, "", "", examples, score, event.commit))
+    score = _score(list(scores.of(tally.place, event)) if scores else [])
+    titles = tally.columns.line({title: title for title in _WIDTHS})
+    out.event({**record, "examples": examples, **score}, titles, _line(tally, "", "", examples, score))
 
 
 def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None") -> None:
@@ -111,7 +152,7 @@ def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None
     }
     score = _score(list(scores.of(tally.place, event)) if scores else [])
     what = "replaced" if event.replaced else "added"
-    out.event({**record, **score}, _line(tally.clients, event.client, what, examples, score, event.made))
+    out.event({**record, **score}, _line(tally, event.client, what, examples, score))
 
 
 def _kind(warning: str, event: "Arrival") -> str:
@@ -137,21 +178,39 @@ def _score(measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: measured[-1][name] for name in ("loss", "perplexity")} if measured else {}
 
 
-def _line(clients: int, client: str, what: str, examples: int | None, score: Mapping[str, Any], at: str | None) -> str:
-    loss, perplexity = (_cell(score.get(name), digits) for name, digits in (("loss", 3), ("perplexity", 2)))
-    count = "" if examples is None else f"{examples:,}"
-    return _COLUMNS.format(clients, client, what, count, loss, perplexity, (at or "")[:12])
+def _line(tally: Tally, client: str, what: str, examples: int | None, score: Mapping[str, Any]) -> str:
+    return tally.columns.line(
+        {
+            "clients": tally.clients,
+            "arrived": one_line(client),
+            "": what,
+            "examples": "" if examples is None else f"{examples:,}",
+            "loss, nats a token": _cell(score.get("loss"), 3, 2),
+            "perplexity": _cell(score.get("perplexity"), 2, 2),
+            "commit": (tally.commit or "")[:12],
+        }
+    )
 
 
-def _cell(numbers: Mapping[str, float] | None, digits: int) -> str:
+def _refusal(event: "Refusal", tally: Tally) -> list[str]:
+    """A line that goes on below where it is too long for a terminal: what to do is not to be cut."""
+    head = tally.columns.line({"clients": tally.clients, "arrived": one_line(event.source), "": "refused"})
+    said = one_line(f"{event.reason.removesuffix('.')}. {event.hint}" if event.hint else event.reason)
+    indent = " " * (_WIDTHS["clients"] + 2)
+    return textwrap.wrap(f"{head}  {said}", tally.columns.room, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _cell(numbers: Mapping[str, float] | None, digits: int, interval_digits: int) -> str:
     if not numbers:
         return ""
-    return f"{numbers['value']:.{digits}f} [{numbers['low']:.{digits}f}, {numbers['high']:.{digits}f}]"
+    low, high = (f"{numbers[name]:.{interval_digits}f}" for name in ("low", "high"))
+    return f"{numbers['value']:.{digits}f} [{low}, {high}]"
 
 
 def end(out: Output, tally: Tally, stopped: str) -> None:
     """The end of the watch: all that has happened, counted."""
-    out.result(tally.record(stopped), made=tally.commit or tally.place, show=lambda: _table(tally, stopped))
+    made = (tally.commit or tally.place) if tally.clients else []
+    out.result(tally.record(stopped), made=made, show=lambda: _table(tally, stopped))
 
 
 def _table(tally: Tally, stopped: str) -> "Table":
@@ -159,7 +218,8 @@ def _table(tally: Tally, stopped: str) -> "Table":
 
     why = {"clients": "as many clients are in as were asked for", "time": "the time is over"}.get(stopped, stopped)
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("global adapter", plain(f"{tally.place}{f'@{tally.commit}' if tally.commit else ''}"))
+    made = f"{tally.place}{f'@{tally.commit}' if tally.commit else ''}" if tally.clients else "none"
+    table.add_row("global adapter", plain(made))
     table.add_row(
         "clients", plain(f"{tally.clients} ({tally.added} added and {tally.replaced} replaced by this watch)")
     )

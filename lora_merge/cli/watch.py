@@ -10,7 +10,7 @@ import typer
 
 from lora_merge.cli.aggregate import DTYPES
 from lora_merge.cli.evaluate import PromptForm
-from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption
+from lora_merge.cli.output import DebugOption, Output, QuietOption
 from lora_merge.cli.push import PrivateOption
 from lora_merge.cli.screening import (
     AllowDominantOption,
@@ -21,8 +21,8 @@ from lora_merge.cli.screening import (
 )
 from lora_merge.cli.settings_file import without_those_typed_over
 from lora_merge.cli.sources import require_no_standard_input, sources_of
-from lora_merge.cli.tally import Tally, end, show
-from lora_merge.errors import UsageError
+from lora_merge.cli.tally import Tally, columns_of, end, show
+from lora_merge.errors import RefusedError, UsageError
 from lora_merge.hub.waiting import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def watch(
     exclude: ExcludeOption = None,
     private: PrivateOption = None,
     max_wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a busy Hub, at each look.")] = MAX_WAIT,
-    as_json: JsonOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON objects, one a line; also on failure.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -98,6 +98,7 @@ def watch(
 
     It remembers nothing but what the global adapter's own ledger says: stop it at any moment, and start it again.
     Several may watch for one global adapter. --json prints one object a line: started, arrival, refused, end.
+    Exit code 3 where there is no global adapter at the end, since whatever arrived was refused.
 
     Example: lora-merge watch 'org/client-*' --onto org/global --until 20
     """
@@ -111,9 +112,9 @@ def watch(
         from lora_merge.watching.watch import watch as run
 
         reading = Reading(max_wait, out.say, out.progress)
-        place = place_of(onto).name
+        place = place_of(onto)
         chosen = {"base": base, "prompt_form": prompt_form, "max_length": max_length, "limit": limit, "device": device}
-        scores = _scores(data, curve, place, chosen, reading) if data else None
+        scores = _scores(data, curve, place.name, chosen, reading) if data else None
         if curve and not data:
             raise UsageError("--curve holds what is measured on --data FILE.", hint="Add --data.")
         rank = without_those_typed_over(context, {"rank": rank})["rank"]
@@ -137,7 +138,8 @@ def watch(
             reading=reading,
             wait=lambda pause: _wait(out, pause),
         )
-        tally = Tally(place, time.monotonic(), str(scores.path) if scores else None)
+        columns = columns_of(out.columns, measured=scores is not None, on_hub=place.on_hub)
+        tally = Tally(place.name, time.monotonic(), str(scores.path) if scores else None, columns)
         try:
             for event in events:
                 show(out, event, tally, scores)
@@ -145,6 +147,8 @@ def watch(
             end(out, tally, "interrupted")
             raise
         end(out, tally, tally.stopped)
+        if tally.refused and not tally.clients:
+            raise typer.Exit(RefusedError.exit_code)
 
 
 def seconds_of(duration: str) -> float:

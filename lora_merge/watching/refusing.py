@@ -2,11 +2,13 @@
 
 from collections.abc import Collection
 
-from lora_merge.errors import LoraMergeError, MissingBaseError, NotFoundError, Problem, RefusedError, one_line
+from lora_merge.errors import LoraMergeError, Problem, RefusedError, one_line
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.watching.events import Refusal
 
 _ALLOW = {"num_examples": "--allow-dominant", "update": "--allow-outliers"}  # by the field of the stop's problems
+_UNIFORM = "--weights uniform"
+_WITH_UNIFORM = f"To let it in, watch with {_UNIFORM}."  # a watch takes no weight of one client, as other merges do
 _WHEN_IT_CHANGES = "It is looked at again when it changes."
 
 
@@ -18,8 +20,8 @@ def refusal_of(ref: AdapterRef, error: LoraMergeError, others: Collection[str], 
         onto: what the user calls the global adapter.
     """
     if not isinstance(error, RefusedError):
-        said = isinstance(error, (MissingBaseError, NotFoundError))
-        return Refusal(ref.source, ref.commit, error.message, error.hint if said else _WHEN_IT_CHANGES)
+        hint = _WITH_UNIFORM if _UNIFORM in error.hint else error.hint or _WHEN_IT_CHANGES
+        return Refusal(ref.source, ref.commit, error.message, hint)
     reason = "; ".join(_said(problem, others) for problem in error.problems)
     return Refusal(ref.source, ref.commit, reason, _hint(error.problems, others, onto))
 

@@ -84,7 +84,7 @@ class Watcher:
             yield Started(self.place.name, now.ledger, now.commit)
         if self.until is not None and len(now.contributions) >= self.until:
             return "enough"
-        with open_rooms(self.reading.max_wait, self.reading.tell) as rooms:
+        with open_rooms(self.reading.max_wait, self._tell_once) as rooms:
             pending, refusals = self._pending(rooms, now)
             self._tell_once(*rooms.notes)
         yield from refusals
