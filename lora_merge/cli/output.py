@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # rich is imported where something is drawn: --help draws not
 SCHEMA_VERSION = 1
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, also on failure.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was made.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was made; warnings stay on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, print the traceback.")]
 
 
