@@ -118,7 +118,10 @@ def aggregate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     certificate: Annotated[
-        str | None, typer.Option(help="exact, probes or off.  [default: exact where the ranks sum to 1024 or less]")
+        str | None,
+        typer.Option(
+            help="exact, probes or off.  [default: exact where the ranks sum to 1024 or less, probes for --onto stacks]"
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Modules merged at a time; the bytes stay the same.  [default: CPUs]")

@@ -23,8 +23,8 @@ OntoOption = Annotated[
     typer.Option(
         "--onto",
         metavar="GLOBAL",
-        help="Bring what is new into this global adapter: a folder, or a repository, which gets a commit. "
-        "How it was made holds, in place of the defaults here.",
+        help="Bring what is new into this global adapter, made where there is none: a folder, or a repository, which "
+        "gets a commit. How it was made holds, in place of the defaults here.",
     ),
 ]
 WithdrawOption = Annotated[

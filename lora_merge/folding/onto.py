@@ -58,9 +58,9 @@ def fold(
     Args:
         onto: a folder, or a repository of the Hub. Options that are None are as it was made with; others must be so.
         withdraw: clients to take out, by id or source.
-        output: the folder to write the result to, or a copy of `onto` where nothing is new. Without it, the result takes
-            the place of the folder `onto` in one step, or is published to the repository on top of the commit that was
-            read.
+        output: the folder to write the result to, or a copy of `onto` where nothing is new. Without it, the result
+            takes the place of the folder `onto` in one step, or is published to the repository on top of the commit
+            that was read.
         private: of a repository that is made now; None is private.
         base: of a merge of all clients again, where that is needed.
         force: replace the merged adapter that is at `output`.

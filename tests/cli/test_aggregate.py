@@ -433,6 +433,10 @@ def test_help_is_exit_0_and_names_every_method(run: Run) -> None:
     assert all(method in out for method in ("exact", "svd", "fedavg", "ffa"))
 
 
+def test_help_says_that_onto_makes_a_global_adapter_where_there_is_none(run: Run) -> None:
+    assert "made where there is none" in " ".join(run("--help")[1].replace("│", " ").split())
+
+
 def test_a_rank_above_that_of_the_merge_is_said_to_be(run: Run, two: tuple[Path, Path]) -> None:
     code, _, err = run("a", "b", "-o", "global", "--method", "svd", "--rank", "100000")
     assert code == 0
