@@ -42,7 +42,7 @@ def export(
 
         if dtype is not FileType.fp32:
             out.warn(f"{dtype.value} rounds the sum: a part of a small update is lost (bf16 lost 43 % of it once).")
-        made = export_model(adapter, base, output, dtype=dtype.value, force=force, tell=out.say)
+        made = export_model(adapter, base, output, dtype=dtype.value, force=force, tell=out.say, warn=out.warn)
         record = {
             "output": str(made.output),
             "dtype": made.dtype,

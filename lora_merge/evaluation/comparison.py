@@ -13,11 +13,12 @@ from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.environment import device_named
 from lora_merge.evaluation.answers import answer_nll, greedy_answer
+from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
 from lora_merge.evaluation.models import Opened, attach, is_global, load_base, open_adapters
 from lora_merge.hub.waiting import MAX_WAIT
-from lora_merge.sources.base_models import FoundBase, find_model, weights_sha256
+from lora_merge.sources.base_models import find_model
 from lora_merge.training.base_model import load_tokenizer
 from lora_merge.training.data import read_rows
 
@@ -97,7 +98,7 @@ def compare(
 
     Raises:
         NotFoundError: the data, the base or an adapter folder is not there.
-        RefusedError: rows or adapters were refused, all of them named.
+        RefusedError: rows or adapters were refused, all of them named; or adapters do not fit the base.
         NetworkError: the base is not in the cache, and the Hub cannot be reached.
         UsageError: no row is short enough, or there is no such device.
     """
@@ -106,7 +107,7 @@ def compare(
     with open_adapters(question.adapters, tell=tell, max_wait=question.max_wait) as opened:
         adapters = [each.adapter for each in opened]
         found = find_model(question.base, tell, max_wait=question.max_wait)
-        _warn_of_other_bases(found, adapters, warn)
+        require_belonging(found, adapters, warn)
         tokenizer = load_tokenizer(found)
         form = question.prompt_form or stated_prompt_form(adapters)
         base = load_base(found, question.dtype, device)
@@ -193,14 +194,3 @@ def _names(opened: Sequence[Opened]) -> list[str]:
 def longest_row(base: Any, question: Question) -> int:
     """`max_length`, but never more than the model reads."""
     return min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
-
-
-def _warn_of_other_bases(found: FoundBase, adapters: Sequence[PeftFolder], warn: Callable[[str], None]) -> None:
-    stated = {
-        adapter.folder: adapter.statement.base_model.weights_sha256
-        for adapter in adapters
-        if adapter.statement and adapter.statement.base_model.weights_sha256
-    }
-    here = weights_sha256(found.folder) if stated else None
-    if others := [str(folder) for folder, digest in stated.items() if digest != here]:
-        warn(f"{', '.join(others)}: trained on other base weights than those of {found.folder}.")

@@ -3,18 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_merge.checkpoint.peft_folder import LEDGER_NAME, PeftFolder
-from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
-from lora_merge.errors import Problem, RefusedError, UsageError
+from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.errors import UsageError
 from lora_merge.evaluation.answers import answer_tokens
-from lora_merge.evaluation.models import is_global
-from lora_merge.ledger import Ledger
-from lora_merge.ledger_form import LedgerError
+from lora_merge.evaluation.models import record_in
 from lora_merge.training.data import Encoded, Row, encode
 
 
@@ -70,13 +66,6 @@ def stated_prompt_form(adapters: Sequence[PeftFolder]) -> str:
 def _prompt_forms(adapter: PeftFolder) -> Iterator[str]:
     if adapter.statement and adapter.statement.recipe and adapter.statement.recipe.prompt_form:
         yield adapter.statement.recipe.prompt_form
-    if is_global(adapter.folder):
-        recipes = [contribution.recipe or {} for contribution in _ledger(adapter.folder).contributions]
+    if record := record_in(adapter.folder):
+        recipes = [contribution.recipe or {} for contribution in record.contributions]
         yield from (str(recipe["prompt_form"]) for recipe in recipes if recipe.get("prompt_form"))
-
-
-def _ledger(folder: Path) -> Ledger:
-    try:
-        return Ledger.from_json(parse_json((folder / LEDGER_NAME).read_bytes(), LEDGER_NAME))
-    except (FileRefused, LedgerError) as error:
-        raise RefusedError([Problem(str(folder), f"{LEDGER_NAME}, {error.field}", error.reason)]) from error

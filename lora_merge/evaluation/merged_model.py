@@ -10,6 +10,7 @@ import torch
 from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.errors import UsageError
+from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
 from lora_merge.sources.base_models import find_model
 from lora_merge.sources.local import folders_named
@@ -41,6 +42,7 @@ def export(
     dtype: str = "fp32",
     force: bool = False,
     tell: Callable[[str], None],
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the base model with the adapter's update merged into its weights, and the base's tokenizer.
 
@@ -52,6 +54,7 @@ def export(
         output: the folder to make.
         dtype: of the file: fp32, bf16 or fp16.
         force: replace the model that is at `output`.
+        warn: called with a line where the adapter was trained on other weights than the base's.
 
     Raises:
         UsageError: `output` exists, or the base is not a model.
@@ -64,6 +67,7 @@ def export(
         if len(opened) != 1:
             raise UsageError(f"{adapter} names {len(opened)} adapters; one is exported.")
         found = find_model(base, tell)
+        require_belonging(found, [opened[0].adapter], warn)
         load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
         tell(f"Merging {adapter} into {base} in fp32")
         model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)

@@ -12,10 +12,12 @@ import torch
 
 from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
-from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, ledger_of, open_folder
+from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.errors import Problem, RefusedError
 from lora_merge.hub.waiting import MAX_WAIT
+from lora_merge.ledger import Ledger
 from lora_merge.sources.base_models import FoundBase
 from lora_merge.sources.reference import Advance, Tell
 from lora_merge.sources.rooms import open_rooms
@@ -44,6 +46,20 @@ def load_base(found: FoundBase, dtype: str, device: torch.device) -> Any:
 def is_global(folder: Path) -> bool:
     """Whether an adapter folder is the result of a merge rather than one client's."""
     return (folder / LEDGER_NAME).is_file()
+
+
+def record_in(folder: Path) -> Ledger | None:
+    """The record of the merge that an adapter folder is the result of; None of one client's.
+
+    Raises:
+        RefusedError: it is malformed.
+    """
+    if not is_global(folder):
+        return None
+    try:
+        return ledger_of((folder / LEDGER_NAME).read_bytes())
+    except FileRefused as error:
+        raise RefusedError([Problem(str(folder), error.field, error.reason)]) from error
 
 
 @dataclass(frozen=True)
