@@ -4,9 +4,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_merge.checkpoint.overwriting import adapter_around
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
-from lora_merge.errors import NotFoundError, Problem, RefusedError, VerificationError
-from lora_merge.lock import MAX_BYTES, Lock, LockError
+from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, VerificationError
+from lora_merge.lock import FILE_NAME, MAX_BYTES, Lock, LockError
 
 
 def read_lock(path: Path) -> Lock:
@@ -26,6 +27,24 @@ def read_lock(path: Path) -> Lock:
         return Lock.from_json(parse_json(text, "file"))
     except (FileRefused, LockError) as error:
         raise RefusedError([Problem(path.name, error.field, error.reason)]) from error
+
+
+def is_to_be_written(path: Path, output: Path) -> bool:
+    """Whether a merge into `output` writes the lock at `path`; one that an adapter's folder holds is only read.
+
+    Raises:
+        UsageError: it is not there, and would be a new file in an adapter's folder.
+    """
+    place, into = Path(os.path.realpath(path)), Path(os.path.realpath(output))
+    if place == into / FILE_NAME:
+        return False  # the merge brings it along
+    folder = into if into in place.parents else adapter_around(path)
+    if folder and not path.exists():
+        raise UsageError(
+            f"There is no lock {path}, and none is written into {folder}, which is an adapter's folder.",
+            hint="Name a lock that is there, or a place for a new one apart from adapters.",
+        )
+    return folder is None
 
 
 def write_lock(lock: Lock, path: Path) -> None:

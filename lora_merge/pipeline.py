@@ -27,7 +27,7 @@ from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.intake import Reading, accepted
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
-from lora_merge.locking import pins_of, read_lock, require_unchanged, write_lock
+from lora_merge.locking import is_to_be_written, pins_of, read_lock, require_unchanged, write_lock
 from lora_merge.options import merge_settings, require_sound
 from lora_merge.provenance import (
     contributions_of,
@@ -101,13 +101,13 @@ def aggregate(
         workers: threads, one module each; by default one a CPU. The bytes do not depend on it.
         force: replace the merged adapter that is at `output`; never anything else, nor what is read.
         lock: a `lora-merge.lock`: repositories are read at the commits that it pins, and it is written anew after the
-            merge (the folder holds one in any case).
+            merge (the folder holds one in any case), or made where there is none. One in an adapter's folder stays.
         locked: change nothing of the lock (by default the one in `output`): not its inputs, weights, nor settings.
         core: keep of a truncated mean of a fixed rank what later arrivals can be folded into.
         screening: whom to leave out, and what stops a merge of adapters of people whom one doesn't know; None where
             nothing is to.
         max_wait: seconds that all waits for a busy Hub may take together.
-        tell: called with a line when such a wait begins.
+        tell: called with a line when such a wait begins, and when a new lock was written.
         progress: called with a label, a number of steps and their unit; yields a function that advances by steps.
 
     Raises:
@@ -130,6 +130,7 @@ def aggregate(
     lock_path = Path(lock) if lock is not None else output / LOCK_NAME
     force = force or (locked and lock_path == output / LOCK_NAME)  # made again as its own lock says, or not at all
     check_free(output, force=force)
+    writes = lock is not None and not locked and is_to_be_written(lock_path, output)
     known = read_lock(lock_path) if locked or (lock is not None and lock_path.exists()) else None
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
         measures, where = robust.weighs, device_named(device)
@@ -152,8 +153,10 @@ def aggregate(
                 write_core(federation, settings.options, work / CORE_NAME, None, threads)
             ledger = write_records(work, ledger, record, inputs.clients, merges)
             require_same_files(inputs.clients)
-        if lock is not None and not locked:
+        if writes:
             write_lock(record, lock_path)
+            if known is None:
+                tell(f"Lock written: {lock_path}. There was none, so no commit was pinned by it.")
         warnings = [*inputs.notes, *claim_warnings(inputs.clients), *found.warnings, *rank_warnings(ledger)]
         return Aggregation(output, ledger, warnings)
 

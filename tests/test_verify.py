@@ -13,10 +13,11 @@ import pytest
 from lora_merge import aggregate
 from lora_merge.checkpoint.intact import own_hashes
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.errors import NotFoundError, RefusedError, VerificationError
+from lora_merge.errors import NotFoundError, RefusedError, UsageError, VerificationError
 from lora_merge.lock import FILE_NAME, Lock, LockError
 from lora_merge.locking import read_lock, write_lock
 from lora_merge.verify import verify
+from tests.conftest import digests
 
 Folders = tuple[Path, ...]
 
@@ -168,6 +169,27 @@ def test_without_locked_the_lock_follows_the_merge(plain: Folders, tmp_path: Pat
     aggregate(plain, tmp_path / "one", lock=lock)
     aggregate(plain[:2], tmp_path / "two", lock=lock)
     assert [entry.client_id for entry in read_lock(lock).inputs] == ["org/client-0", "org/client-1"]
+
+
+def test_a_lock_that_is_new_is_said_to_be(plain: Folders, tmp_path: Path) -> None:
+    lock, said = tmp_path / "my.lock", list[str]()
+    for output in ("one", "two"):
+        aggregate(plain, tmp_path / output, lock=lock, tell=said.append)
+    assert said == [f"Lock written: {lock}. There was none, so no commit was pinned by it."]
+
+
+def test_no_lock_is_written_into_an_adapters_folder(plain: Folders, tmp_path: Path) -> None:
+    first, output = tmp_path / "first", tmp_path / "output"
+    aggregate(plain, first)
+    before = digests(first)
+    for slip in (first / "lora-merge.lok", first / "new" / "my.lock", output / "my.lock"):
+        with pytest.raises(UsageError, match="There is no lock"):
+            aggregate(plain, output, lock=slip)
+        assert not output.exists()
+    aggregate(plain[:2], output, lock=first / FILE_NAME)
+    assert digests(first) == before
+    aggregate(plain, output, lock=output / FILE_NAME, force=True)
+    assert len(read_lock(output / FILE_NAME).inputs) == len(plain)
 
 
 def test_locked_without_a_lock_is_not_found(plain: Folders, tmp_path: Path) -> None:

@@ -64,11 +64,16 @@ def require_replaceable(output: Path, kind: Kind, option: str = "--output") -> N
 
 def require_outside_adapters(output: Path, option: str = "--output") -> None:
     """Raise `UsageError` where `output` lies in an adapter's folder, which then could not be replaced any more."""
-    for folder in Path(os.path.realpath(output)).parents:
-        if (folder / "adapter_config.json").is_file():
-            raise UsageError(
-                f"{option} {output} lies in {folder}, which is an adapter.", hint=f"Choose an {option} apart from it."
-            )
+    if folder := adapter_around(output):
+        raise UsageError(
+            f"{option} {output} lies in {folder}, which is an adapter.", hint=f"Choose an {option} apart from it."
+        )
+
+
+def adapter_around(path: Path) -> Path | None:
+    """The adapter's folder that `path` lies in, if any, through whatever links."""
+    folders = Path(os.path.realpath(path)).parents
+    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
 def require_apart(output: Path, inputs: Iterable[Path], option: str = "--output") -> None:

@@ -145,7 +145,10 @@ def aggregate(
     private: PrivateOption = None,
     create_pr: CreatePrOption = False,
     lock: Annotated[
-        Path | None, typer.Option(help="Read repositories at the commits that this lock pins, and write it anew.")
+        Path | None,
+        typer.Option(
+            help="Read repositories at the commits that this lock pins, and write it anew, or for the first time."
+        ),
     ] = None,
     locked: Annotated[
         bool, typer.Option("--locked", help="Change nothing of the lock (of --lock, or --output's): else exit 8.")
