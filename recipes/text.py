@@ -27,7 +27,7 @@ def train(loaded: LoadedRecipe, job: Job) -> Trained:
     base = find_base(recipe, job.base, job.tell)
     check_base(base, recipe)
     stated = base.statement()
-    check_agreed_base(stated, loaded)
+    check_agreed_base(stated, loaded, job)
 
     with work_folder(job, loaded, stated) as checkpoint:
         tokenizer = load_tokenizer(base)

@@ -43,7 +43,10 @@ def train(
     data: Annotated[str, typer.Option(help="The client's rows: JSON lines (also .gz), or what `datasets` can read.")],
     client_id: Annotated[str, typer.Option(help="Who this is: ORG/NAME, or a NAME.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to make.")],
-    base: Annotated[Path | None, typer.Option(help="A folder with the weights of the recipe's base model.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="A folder with the recipe's base model; its weights are compared in a federation only."),
+    ] = None,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already there.")] = False,

@@ -9,6 +9,7 @@ from lora_merge.errors import UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.recipe_form import ALL_LINEAR
 from lora_merge.sources.base_models import FoundBase, model_in, model_of
+from lora_merge.training.agreed import check_known_shape
 
 
 def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) -> FoundBase:
@@ -17,10 +18,12 @@ def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) 
     Raises:
         NotFoundError: no such folder, repository or commit.
         NetworkError: it is not in the cache, and the Hub cannot be reached.
-        UsageError: it is not a model with safetensors weights.
+        UsageError: it is not a model with safetensors weights, or the folder's is plainly another one.
     """
     if folder is not None:
-        return model_in(folder, recipe.base_model)
+        found = model_in(folder, recipe.base_model)
+        check_known_shape(found, recipe.base_commit)
+        return found
     return model_of(recipe.base_model, recipe.base_commit, tell)
 
 

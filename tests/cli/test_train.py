@@ -73,6 +73,27 @@ def test_the_talk_goes_to_stderr_and_the_summary_to_stdout(run: Run, tmp_path: P
     assert "starting anew" in err
 
 
+def test_a_folder_that_is_plainly_another_model_is_refused_and_one_that_may_be_it_is_said_to_be_unchecked(
+    run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = tmp_path / "cache" / "models--org--tiny"
+    snapshot = known / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (known / "refs").mkdir()
+    (known / "refs" / "main").write_text("0" * 40)
+    config = parsed((base / "config.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    (snapshot / "config.json").write_text(json.dumps({**config, "hidden_size": 576, "dtype": "bfloat16"}))
+    code, _, err = run()
+    assert code == 2
+    assert f"{base} is not org/tiny: its config.json has hidden_size 16 in place of 576." in err
+    (snapshot / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    code, _, err = run()
+    assert code == 0
+    assert f"The weights of org/tiny are taken from {base}, unchecked." in err
+
+
 def test_off_a_terminal_a_line_now_and_then_says_where_the_run_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_merge.cli.train.SECONDS_BETWEEN_LINES", 0.0)
     _, _, err = run()
