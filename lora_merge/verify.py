@@ -1,8 +1,10 @@
 """`lora-merge verify`: make a published merge again from its pinned inputs, and compare."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -22,14 +24,16 @@ from lora_merge.environment import device_called, environment
 from lora_merge.errors import NotFoundError, Problem, RefusedError
 from lora_merge.folding.global_adapter import ledger_in
 from lora_merge.folding.replay import replay
-from lora_merge.intake import Reading, accepted, examined
+from lora_merge.intake import Reading
 from lora_merge.lock import FILE_NAME as LOCK_NAME
-from lora_merge.lock import Lock
+from lora_merge.lock import Lock, LockedInput
 from lora_merge.locking import read_lock
-from lora_merge.sources.reference import AdapterRef
-from lora_merge.sources.rooms import open_rooms
+from lora_merge.screening.selection import client_id
+from lora_merge.sources.reference import AdapterRef, Candidate
+from lora_merge.sources.rooms import Rooms, open_rooms
 
 Verdict: TypeAlias = Literal["identical", "equivalent", "different"]
+AS_LOCKED = "Its inputs are those of the lock, to the byte. The right base model, where it is that: --base FOLDER."
 EQUIVALENT = 1e-6  # relative error of the update, where another environment made it
 
 
@@ -44,7 +48,7 @@ class Verification:
         relative_error: of the published update against the one made again; None where it was not made.
         environment: what differs between the lock's environment and this one: name to (locked, here).
         note: where it was merged on a device that is not here and the bytes differ, what that means.
-        surplus: clients that were given and are not in the lock; nothing was asked of them.
+        surplus: what was given and is not in the lock, by client id or source; nothing was asked of it.
     """
 
     target: str
@@ -82,21 +86,22 @@ def verify(
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock, published = read_lock(folder / LOCK_NAME), own_hashes(folder)
         recorded = _require_intact(folder, str(target), published)
-        named = [*_named_inputs(lock, bool(sources)), *sources]
-        found = {client: each.ref for client, each in examined(named, "uniform", reading).candidates.items()}
-        refs = _locked_ones(lock, found)
-        surplus = sorted(found.keys() - refs.keys())
+        given = _given(rooms, [*_named_inputs(lock, bool(sources)), *sources])
+        inputs = _locked_ones(lock, given, partial(_hashes, rooms, reading))
+        surplus = given.surplus(inputs.values())
         device = device_called(lock.environment.get("device", "cpu"))
         with scratch_folder() as scratch:
             again = scratch / "again"
             core = CORE_NAME in recorded  # it may be taken away, but the merge went through it
             try:
                 on = str(device or "cpu")
+                refs = {client: each.ref for client, each in inputs.items()}
                 replay(lock, refs, again, core=core, base=base, device=on, workers=workers, reading=reading)
                 hashes = {each.client_id: each.files for each in read_lock(again / LOCK_NAME).inputs}
-            except RefusedError:
-                if not (reasons := _other_inputs(lock, _hashes(named, reading))):
-                    raise
+            except RefusedError as error:
+                hashes = {client: _hashes(rooms, reading, each) for client, each in inputs.items()}
+                if not (reasons := _other_inputs(lock, hashes)):
+                    raise RefusedError(error.problems, hint=AS_LOCKED) from error
             else:
                 reasons = _other_inputs(lock, hashes)
             if reasons:
@@ -114,9 +119,35 @@ def _require_intact(folder: Path, target: str, published: Mapping[str, str]) -> 
     return published if ledger.files is None else ledger.files
 
 
-def _hashes(named: Sequence[str | Path], reading: Reading) -> dict[str, Mapping[str, str]]:
-    with accepted(named, "uniform", reading) as inputs:
-        return {client: opened.sha256() for client, opened in inputs.clients.items()}
+@dataclass(frozen=True)
+class _Given:
+    """What the sources hold: adapters, and folders and repositories that are refused, with their problems."""
+
+    candidates: Sequence[Candidate]
+    refused: Mapping[AdapterRef, Sequence[Problem]]
+
+    def surplus(self, taken: Iterable[Candidate]) -> list[str]:
+        """What is not taken."""
+        refs = {each.ref for each in taken}
+        left = [client_id(each) for each in self.candidates if each.ref not in refs]
+        return sorted([*left, *(ref.source for ref in self.refused)])
+
+
+def _given(rooms: Rooms, sources: Sequence[str | Path]) -> _Given:
+    """Whatever else lies beside the inputs need not be sound, nor of their federation."""
+    refused: dict[AdapterRef, Sequence[Problem]] = {}
+    return _Given(rooms.examine(rooms.expand(sources), refused.__setitem__), refused)
+
+
+def _hashes(rooms: Rooms, reading: Reading, candidate: Candidate) -> Mapping[str, str]:
+    """The sha256 of each file that a merge reads of an adapter."""
+    (folder,) = rooms.fetch([candidate], reading.progress)
+    try:
+        opened = open_folder(folder)
+    except FolderRefused as error:
+        raise RefusedError(error.problems(candidate.ref.source)) from error
+    with closing(opened):
+        return opened.sha256()
 
 
 def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
@@ -132,11 +163,36 @@ def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
     return found
 
 
-def _locked_ones(lock: Lock, found: Mapping[str, AdapterRef]) -> dict[str, AdapterRef]:
-    """Where the lock's inputs lie; raises `NotFoundError` where one was not found."""
-    if lost := sorted({entry.client_id for entry in lock.inputs}.difference(found)):
-        raise NotFoundError(f"These inputs of the lock were not found: {', '.join(lost)}.")
-    return {entry.client_id: found[entry.client_id] for entry in lock.inputs}
+def _locked_ones(lock: Lock, given: _Given, hashes: Callable[[Candidate], Mapping[str, str]]) -> dict[str, Candidate]:
+    """The lock's inputs by client id. Of several that go by one id, it is the one with the bytes that the lock pins.
+
+    Raises:
+        NotFoundError: one was not found.
+        RefusedError: the same, and something that was given is refused: that may be it.
+    """
+    found = {e.client_id: [each for each in given.candidates if _goes_by(e.client_id, each)] for e in lock.inputs}
+    if lost := sorted(client for client, claims in found.items() if not claims):
+        missing = f"These inputs of the lock were not found: {', '.join(lost)}."
+        if given.refused:
+            raise RefusedError([each for some in given.refused.values() for each in some], hint=missing)
+        raise NotFoundError(missing)
+    return {entry.client_id: _one_of(found[entry.client_id], entry, hashes) for entry in lock.inputs}
+
+
+def _goes_by(client: str, candidate: Candidate) -> bool:
+    """Whether it has that id; or states none, and is called so where nothing else that is given lies beside it."""
+    if client_id(candidate) == client:
+        return True
+    return candidate.description.statement is None and f"/{candidate.ref.place}".endswith(f"/{client}")
+
+
+def _one_of(
+    claims: Sequence[Candidate], entry: LockedInput, hashes: Callable[[Candidate], Mapping[str, str]]
+) -> Candidate:
+    claims = [each for each in claims if (each.ref.source, each.ref.commit) == (entry.source, entry.commit)] or claims
+    if len(claims) == 1:
+        return claims[0]
+    return next((each for each in claims if hashes(each) == entry.files), claims[0])
 
 
 def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[str]:

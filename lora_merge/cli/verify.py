@@ -49,7 +49,8 @@ def verify(
             reading=Reading(max_wait, out.say, out.progress),
         )
         if found.surplus:
-            out.warn(f"not in the merge, and left aside: {', '.join(found.surplus)}.")
+            count = len(found.surplus)
+            out.say(f"{count} of the adapters given {'are' if count > 1 else 'is'} not in the merge, and left aside.")
         out.result(asdict(found), made=found.verdict, show=lambda: _table(found))
         if found.verdict == "different" or (strict and found.verdict != "identical"):
             raise typer.Exit(8)
