@@ -72,6 +72,7 @@ def evaluate(
     with out.reporting(), waiting_at_most(max_wait):
         if output:
             _check_output(output, [*adapters, base, data], force)
+        _require_inputs(base, adapters, data, device, out)
         from lora_merge.evaluation.comparison import Question, compare
 
         question = Question(
@@ -97,6 +98,20 @@ def evaluate(
         out.result(record, made=str(output) if output else made, show=lambda: drawn(record))
         if output:  # last: what took long to find is told even where it cannot be written
             _write(output, record, force)
+
+
+def _require_inputs(base: str, adapters: list[str], data: str, device: str, out: Output) -> None:
+    """Raise where one of them is plainly not there: here that takes no seconds of imports."""
+    from lora_merge.environment import device_kind
+    from lora_merge.sources.base_models import require_model
+    from lora_merge.sources.rooms import open_rooms
+    from lora_merge.training.records import check_data
+
+    device_kind(device)
+    check_data(data)
+    with open_rooms() as rooms:
+        rooms.expand([each for each in adapters if rooms.kind(each) == "folder"])
+    require_model(base, out.say)
 
 
 def _check_output(path: Path, inputs: list[str], force: bool) -> None:
@@ -203,12 +218,19 @@ def _losses(models: list[dict[str, Any]]) -> "Table":
 def verdict(model: dict[str, Any]) -> str:
     """Whether a global model was worth it, in one sentence."""
     gain = model["gain_over_mean_of_locals"]
+    if not (shown := _as_shown(gain))["value"]:
+        return f"{model['name']} equals the mean of the locals: {_cell(shown, 3, 3)}."
     word = "beats"
     if gain["value"] < 0:
         word = "falls short of"
         gain = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
     doubt = "" if gain["low"] > 0 else ", which may be chance"
     return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3)}{doubt}."
+
+
+def _as_shown(numbers: dict[str, float]) -> dict[str, float]:
+    """To three digits, with no zero below zero."""
+    return {name: round(value, 3) + 0.0 for name, value in numbers.items()}
 
 
 def _answers(answers: dict[str, str]) -> "Table":

@@ -6,7 +6,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lora_merge.statement import BaseModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SECONDS_BETWEEN_LINES = 20.0
+_OFFLINE = "HF_HUB_OFFLINE is set"
 # Beside the weights, what a model and its tokenizer are made of; weights in pickles are never fetched.
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -41,12 +43,31 @@ class FoundBase:
 
 def find_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> FoundBase:
     """The base model in the folder `base`, else of that repository id; as `model_in` and `model_of`."""
-    if os.path.isdir(base) or base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if _names_folder(base):
         return model_in(Path(base), base)
     try:
         return model_of(base, None, tell, max_wait=max_wait)
     except (NetworkError, NotFoundError) as error:
         raise nor_a_folder([base], error) from error
+
+
+def require_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> None:
+    """Raise what `find_model` would, where it shows before anything is downloaded, or read from the cache."""
+    if _names_folder(base):
+        model_in(Path(base), base)
+        return
+    try:
+        if is_offline():
+            _in_cache(base, None, _OFFLINE)
+            return
+        with _of_a_base(), hub_session(max_wait, tell) as api:
+            listing(api, base, None)
+    except (NetworkError, NotFoundError) as error:
+        raise nor_a_folder([base], error) from error
+
+
+def _names_folder(base: str) -> bool:
+    return os.path.isdir(base) or base.startswith((".", "/", "~")) or base.count("/") > 1
 
 
 def model_in(folder: Path, repo: str) -> FoundBase:
@@ -74,12 +95,23 @@ def model_of(repo: str, revision: str | None, tell: Tell, *, max_wait: float = M
         UsageError: it is not a model with safetensors weights.
     """
     if is_offline():
-        return _cached(repo, revision, tell, "HF_HUB_OFFLINE is set")
+        return _cached(repo, revision, tell, _OFFLINE)
+    with _of_a_base():
+        try:
+            return _sound(_downloaded(repo, revision, tell, max_wait))
+        except NetworkError as error:
+            if not COMMIT.fullmatch(revision or ""):
+                raise
+            why = error.message.rstrip(".")
+    return _cached(repo, revision, tell, why)
+
+
+@contextmanager
+def _of_a_base() -> Iterator[None]:
+    """Say of what the Hub has not, or cannot be asked for, that a base model may come from a folder too."""
     try:
-        return _sound(_downloaded(repo, revision, tell, max_wait))
+        yield
     except NetworkError as error:
-        if COMMIT.fullmatch(revision or ""):
-            return _cached(repo, revision, tell, error.message.rstrip("."))
         raise NetworkError(error.message, hint="Give the base model from a folder: --base DIR") from error
     except NotFoundError as error:
         hint = f"{error.hint} Or give the base model from a folder: --base DIR".strip()
@@ -113,21 +145,26 @@ def _wanted(repo: str, commit: str, files: Mapping[str, FileEntry]) -> Sequence[
 
 def _cached(repo: str, revision: str | None, tell: Tell, why: str) -> FoundBase:
     """What the cache has of a revision, each file against the hash that it is called by there."""
+    found = _in_cache(repo, revision, why)
+    tell(f"Base model {repo} at {found.commit}, from the local cache: {why}")
+    for path in sorted(each for each in found.folder.iterdir() if each.is_file()):
+        if (entry := cached_entry(path.name, path)) and (problem := hash_problem(path, entry)):
+            raise NetworkError(f"{path} {problem}, and {why}.", hint="Download it again.")
+    return found
+
+
+def _in_cache(repo: str, revision: str | None, why: str) -> FoundBase:
+    """What the cache has of a revision, unread."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     where = one_line(repo) + (f" at {revision}" if revision else "")
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        found = _sound(FoundBase(repo, folder, folder.name))
+        return _sound(FoundBase(repo, folder, folder.name))
     except (UsageError, LocalEntryNotFoundError, HFValidationError) as error:
         hint = "Give the base model from a folder: --base DIR"
         raise NetworkError(f"{where} is not in the local cache, and {why}.", hint=hint) from error
-    tell(f"Base model {repo} at {found.commit}, from the local cache: {why}")
-    for path in sorted(each for each in folder.iterdir() if each.is_file()):
-        if (entry := cached_entry(path.name, path)) and (problem := hash_problem(path, entry)):
-            raise NetworkError(f"{path} {problem}, and {why}.", hint="Download it again.")
-    return found
 
 
 def _said_now_and_then(tell: Tell, repo: str) -> Advance:

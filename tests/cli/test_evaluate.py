@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,10 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
         (-0.1, 0.2, 0.3, "g beats the mean of the locals by 0.200 [-0.100, 0.300], which may be chance."),
         (-0.3, -0.2, -0.1, "g falls short of the mean of the locals by 0.200 [0.100, 0.300]."),
         (-0.3, -0.2, 0.1, "g falls short of the mean of the locals by 0.200 [-0.100, 0.300], which may be chance."),
+        (0.0, 0.0, 0.0, "g equals the mean of the locals: 0.000 [0.000, 0.000]."),
+        (-1e-9, -1e-9, 0.0, "g equals the mean of the locals: 0.000 [0.000, 0.000]."),
+        (-0.1, -0.0004, 0.2, "g equals the mean of the locals: 0.000 [-0.100, 0.200]."),
+        (-0.0009, -0.0006, 0.0, "g falls short of the mean of the locals by 0.001 [-0.000, 0.001], which may be chance."),
     ],
 )
 def test_the_verdict_says_which_is_better_and_how_surely(low: float, value: float, high: float, sentence: str) -> None:
@@ -79,6 +84,30 @@ def test_what_is_missing_is_not_found(run: Run, tmp_path: Path) -> None:
     assert run(data=str(tmp_path / "none.jsonl"))[0] == 4
     assert run(base=str(tmp_path / "none"))[0] == 4
     assert run(folders=(tmp_path / "none",))[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"--base": "nobase"}, 5),
+        ({"--base": "./nobase"}, 4),
+        ({"--data": "gone.jsonl"}, 4),
+        ({"--device": "gpu"}, 2),
+        ({"adapter": "gone"}, 4),
+    ],
+)
+def test_a_hopeless_command_loads_no_torch(
+    changes: dict[str, str], ends: int, adapters: tuple[Path, ...], base: Path, held_out: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom lora_merge.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
+    )
+    options = {"--base": str(base), "--data": str(held_out)} | changes
+    adapter = options.pop("adapter", str(adapters[0]))
+    command = [sys.executable, "-c", code, "evaluate", adapter, *(text for pair in options.items() for text in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"{ends} False\n", done.stderr
 
 
 def test_a_base_that_the_hub_would_have_is_a_network_error(run: Run) -> None:
