@@ -86,6 +86,8 @@ class Problem:
         return one_line(f"{self.client}: {self.field}: {self.reason}")
 
 
+ALL_CLIENTS = "all clients"  # the client of a problem that is no single one's
+_BASES = ("base_model.repo", "base_model.weights_sha256", "base_model_name_or_path")  # what explains much else: first
 MAX_SHOWN = 40
 MOST_ALIKE = 3  # so many of one client with one reason are listed each; more are one line
 
@@ -97,9 +99,11 @@ class RefusedError(LoraMergeError):
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
         self.problems = tuple(sorted(set(problems), key=_by_number))
-        clients = len({problem.client for problem in self.problems})
-        count = len(self.problems)
-        lead = f"{count} problem{'s' * (count > 1)} in {clients} input{'s' * (clients > 1)}:"
+        clients = {problem.client for problem in self.problems}
+        count, inputs = len(self.problems), len(clients - {ALL_CLIENTS})
+        places = [f"in {inputs} input{'s' * (inputs > 1)}"] * (inputs > 0)
+        places += ["of all clients together"] * (ALL_CLIENTS in clients)
+        lead = f"{count} problem{'s' * (count > 1)} {' and '.join(places)}:"
         lines = _lines(self.problems)
         shown = [f"  {line}" for line in lines[:MAX_SHOWN]]
         if len(lines) > MAX_SHOWN:
@@ -108,9 +112,15 @@ class RefusedError(LoraMergeError):
 
 
 def _by_number(problem: Problem) -> list[list[str | int]]:
-    """Sorts `line 9` before `line 10`. Every second part is a number, so that like is compared with like."""
+    """Sorts a client's base model before its modules, and `line 9` before `line 10`.
+
+    Every second part of a text is a number, so that like is compared with like.
+    """
     texts = (problem.client, problem.field, problem.reason)
-    return [[int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]{1,18})", text))] for text in texts]
+    client, *others = [
+        [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]{1,18})", text))] for text in texts
+    ]
+    return [client, [int(problem.field not in _BASES)], *others]
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:

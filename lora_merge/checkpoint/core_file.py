@@ -17,7 +17,7 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import CORE_NAME, PeftFolder
 from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile, open_safetensors
 from lora_merge.checkpoint.writer import SafetensorsWriter
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
 ROUNDED_UP = 1 + 1e-6  # a bound may not shrink when it is written as fp32
 
@@ -98,6 +98,6 @@ def write_core(
         over(threads, write, range(len(modules)))
     except LinAlgError as error:
         reason = "a client's or the core's numbers are so large that their singular values cannot be computed"
-        raise RefusedError([Problem("all clients", CORE_NAME, reason)]) from error
+        raise RefusedError([Problem(ALL_CLIENTS, CORE_NAME, reason)]) from error
     finally:
         writer.close()

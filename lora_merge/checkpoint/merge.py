@@ -20,7 +20,7 @@ from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import PREFIX, owner_of
 from lora_merge.checkpoint.planned import DTYPES, FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
 from lora_merge.checkpoint.writer import SafetensorsWriter
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
 TOO_LARGE = "holds numbers so large that its singular values cannot be computed"
 
@@ -50,7 +50,7 @@ def write(
         except MethodRefused as error:
             raise RefusedError([_problem(error)]) from error
         except LinAlgError as error:
-            raise RefusedError([Problem("all clients", next(iter(merge.shapes)), TOO_LARGE)]) from error
+            raise RefusedError([Problem(ALL_CLIENTS, next(iter(merge.shapes)), TOO_LARGE)]) from error
 
     try:
         return over(threads, run, merges, advance)
@@ -86,11 +86,11 @@ def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | 
     except MethodRefused as error:
         return [_problem(error)]
     except LinAlgError:
-        return [Problem("all clients", name, TOO_LARGE)]
+        return [Problem(ALL_CLIENTS, name, TOO_LARGE)]
 
 
 def _problem(error: MethodRefused) -> Problem:
-    return Problem(error.share.client if error.share else "all clients", error.field, error.reason)
+    return Problem(error.share.client if error.share else ALL_CLIENTS, error.field, error.reason)
 
 
 def _tensor_of(name: str, federation: Federation) -> str:

@@ -25,7 +25,7 @@ from lora_merge.checkpoint.layout import (
     to_stored,
 )
 from lora_merge.checkpoint.writer import SafetensorsWriter
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
 DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 CertificateMode: TypeAlias = Literal["exact", "probes", "off"]
@@ -188,6 +188,6 @@ def _write(writer: SafetensorsWriter, name: str, tensor: Tensor, dtype: str) -> 
     cast = tensor.to("cpu", DTYPES[dtype][1])
     if not torch.isfinite(cast.float().sum()) and not torch.isfinite(cast).all():
         hint = "" if dtype == "fp32" else "Write it with --dtype fp32."
-        raise RefusedError([Problem("all clients", name, f"their mean does not fit into {dtype}")], hint=hint)
+        raise RefusedError([Problem(ALL_CLIENTS, name, f"their mean does not fit into {dtype}")], hint=hint)
     writer.write(name, cast)
     return cast.to(tensor.device).float()

@@ -11,7 +11,7 @@ from lora_merge.aggregation.dora import NotPositive
 from lora_merge.aggregation.gram import Gram
 from lora_merge.aggregation.schedule import Advance, over
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.errors import Problem, RefusedError
+from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
 
 def gram_of(federation: Federation, threads: ThreadPoolExecutor, advance: Advance | None = None) -> Gram:
@@ -33,9 +33,9 @@ def _part(federation: Federation, name: str) -> Tensor | None:
     try:
         return _of(federation, name, [client.id for client in federation.clients])
     except inner_products.NotFinite as error:
-        raise RefusedError([Problem("all clients", error.name, "their inner products are not finite")]) from error
+        raise RefusedError([Problem(ALL_CLIENTS, error.name, "their inner products are not finite")]) from error
     except NotPositive as error:
-        client = error.share.client if error.share else "all clients"
+        client = error.share.client if error.share else ALL_CLIENTS
         raise RefusedError([Problem(client, "lora_magnitude_vector", error.reason)]) from error
 
 
