@@ -5,7 +5,7 @@ What decides whether the mean makes sense is refused when it differs; what only 
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from lora_merge.adapter import Adapter, Client
@@ -26,11 +26,16 @@ def claim_problems(clients: Clients) -> list[Problem]:
     ]
 
 
-def federation_problems(clients: Clients) -> list[Problem]:
-    """Every reason why these clients are no federation: their claims, and the shapes of their updates."""
+def federation_problems(clients: Clients, updates: Sequence[Client] | None = None) -> list[Problem]:
+    """Every reason why these clients are no federation: their claims, and the shapes of their updates.
+
+    Args:
+        updates: what is compared in shape, where that is not each client's own.
+    """
     # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
-    shapes = [Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items()]
-    return [*claim_problems(clients), *shape_problems(shapes)]
+    own = (Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items())
+    claims, shapes = claim_problems(clients), shape_problems(list(own) if updates is None else updates)
+    return [*claims, *_other_bases(clients, claims, shapes), *shapes]
 
 
 def claim_warnings(clients: Clients) -> list[str]:
@@ -71,6 +76,23 @@ def _one_base_model(clients: Clients) -> Iterator[Problem]:
     stated = {name: c.statement.base_model.repo for name, c in clients.items() if c.statement}
     yield from _minority({n: repo for n, repo in stated.items() if repo}, "base_model.repo", "states another base than")
     yield from _minority(repositories, "base_model_name_or_path", "names another base model than")
+
+
+def _other_bases(clients: Clients, claims: Iterable[Problem], shapes: Iterable[Problem]) -> Iterator[Problem]:
+    """What shapes that do not fit may come from: base models that may be others, by their names."""
+    hashes = {_weights_hash(client) for client in clients.values()}
+    if len(hashes) == 1 and None not in hashes:
+        return
+    misfits, told = {problem.client for problem in shapes}, {problem.client for problem in claims}
+    names = {client: name for client, each in clients.items() if (name := each.config.base_model)}
+    fitting = [name for client, name in names.items() if client not in misfits]
+    if not fitting:
+        return
+    usual, count = Counter(fitting).most_common(1)[0]
+    for client in sorted((misfits & names.keys()) - told):
+        if names[client] != usual:
+            reason = f"is {names[client]}, where {count} of {len(names)} clients have {usual}: it may be another model"
+            yield Problem(client, "base_model_name_or_path", reason)
 
 
 def _one_task(clients: Clients) -> Iterator[Problem]:

@@ -9,9 +9,8 @@ from typing import TypeAlias
 import torch
 
 from lora_merge.adapter import Client
-from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.methods import METHODS
-from lora_merge.agreement import claim_problems
+from lora_merge.agreement import federation_problems
 from lora_merge.assembly import federation_of
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import Description, PeftFolder
@@ -172,5 +171,5 @@ def _stored(change: Change, device: torch.device) -> Sequence[Client]:
 
 def _refuse(clients: Mapping[str, Description], shapes: Sequence[Client]) -> None:
     """Raise `RefusedError` where these do not make one federation."""
-    if problems := [*claim_problems(clients), *shape_problems(shapes)]:
+    if problems := federation_problems(clients, shapes):
         raise RefusedError(problems)

@@ -12,10 +12,9 @@ from functools import partial
 from torch import Tensor
 
 from lora_merge.adapter import Client
-from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.schedule import over, pool
 from lora_merge.aggregation.sketch import Sketched, sketches_of_blocks
-from lora_merge.agreement import claim_problems
+from lora_merge.agreement import federation_problems
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
 from lora_merge.folding.arrivals import Arrivals, Contributions
@@ -76,7 +75,7 @@ def _without_misfits(arrivals: Arrivals, before: GlobalAdapter, stay: Contributi
     for client, folder in arrivals.new.items():
         claims = {**{name: before.descriptions[name] for name in stay}, client: folder}
         shapes = [Client(before.place, 1.0, before.folder), Client(client, 1.0, folder)] if stay else []
-        if problems := [*claim_problems(claims), *shape_problems(shapes)]:
+        if problems := federation_problems(claims, shapes):
             selection.refuse(arrivals.candidates[client].ref, problems, client)
             misfits.append(client)
     return _without(arrivals, misfits)

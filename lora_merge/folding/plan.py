@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import cast
 
 from lora_merge.adapter import Client, Factors
-from lora_merge.aggregation.compatibility import shape_problems
 from lora_merge.aggregation.methods import METHODS
-from lora_merge.agreement import claim_problems
+from lora_merge.agreement import federation_problems
 from lora_merge.checkpoint.peft_folder import Description, PeftFolder
 from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding import by_blocks, by_mean
@@ -115,7 +114,7 @@ def _refuse_misfits(change: Change) -> None:
     }
     shapes = [Client(client, 1.0, folder) for client, folder in new.items()]
     whole = [Client(before.place, 1.0, before.folder)] if len(change.stay) == len(before.contributions) else []
-    if problems := [*claim_problems(clients), *shape_problems([*whole, *shapes])]:
+    if problems := federation_problems(clients, [*whole, *shapes]):
         raise RefusedError(problems)
 
 

@@ -237,8 +237,27 @@ def test_a_method_that_cannot_merge_names_the_modules_and_the_methods_that_can(
         client(tmp_path / name, r=r, seed=r + (name == "b"))
     code, _, err = run("a", "b", "-o", "global", "--method", method)
     assert code == 3
+    assert err.startswith("error: 1 problem of all clients together:\n")
     assert all(line in err for line in lines)
     assert "hint: --method exact or svd" in err
+
+
+def test_where_shapes_do_not_fit_it_is_said_first_that_the_bases_have_other_names(run: Run, tmp_path: Path) -> None:
+    for name, base, width in (("a", "org/base", 8), ("b", "/models/llama", 12), ("c", "org/base", 8)):
+        path = client(tmp_path / name, width=width) / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}))
+    said = [
+        "  org/b: base_model_name_or_path: is /models/llama, where {} have org/base: it may be another model",
+        "  org/b: layer: is linear 12x12, where {} have linear 8x8",
+    ]
+    code, _, err = run("a", "b", "-o", "global")
+    assert code == 3
+    assert err.splitlines()[:3] == ["error: 2 problems in 1 input:", *(line.format("1 of 2 clients") for line in said)]
+    assert run("a", "c", "--onto", "global")[0] == 0
+    for more in ((), ("--dry-run",)):
+        code, _, err = run("b", "--onto", "global", *more)
+        assert code == 3
+        assert said[0].format("2 of 3 clients") in err.splitlines()
 
 
 def test_a_refused_config_is_exit_3_and_names_client_field_and_reason(run: Run, two: tuple[Path, Path]) -> None:
