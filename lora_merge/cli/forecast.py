@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from lora_merge.forecast import Forecast, ForecastClient
     from lora_merge.screening.stops import Screening
 
+UNJUDGED = (
+    "No tensor was read: updates that are far too large, copies and NaN show when it merges, or in lora-merge inspect."
+)
+
 
 def show_forecast(
     out: Output, sources: list[str], weights: Any, workers: int | None, max_wait: float, screening: "Screening"
@@ -24,6 +28,7 @@ def show_forecast(
     found = forecast(sources, weights=weights, workers=workers, reading=reading, screening=screening)
     for warning in found.warnings:
         out.warn(warning)
+    out.say(UNJUDGED)
     out.result(asdict(found), made=[_pin(c) for c in found.clients], show=lambda: _forecast_table(found))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_merge.cli.forecast import UNJUDGED
 from lora_merge.cli.output import Output, plain
 from lora_merge.cli.push import may_publish, publish_result, push_record, push_summary
 from lora_merge.cli.sizes import size_text
@@ -28,7 +29,7 @@ OntoOption = Annotated[
     ),
 ]
 WithdrawOption = Annotated[
-    list[str] | None, typer.Option("--withdraw", metavar="CLIENT", help="Of --onto: take this client out again.")
+    list[str] | None, typer.Option("--withdraw", metavar="CLIENT", help="Of --onto: take this client out; may be repeated.")
 ]
 
 
@@ -77,6 +78,7 @@ def show_plan(out: Output, sources: list[str], onto: str, options: Mapping[str, 
     found = plan(sources, onto, tell=out.say, **{name: value for name, value in options.items() if name not in unread})
     for warning in found.warnings:
         out.warn(warning)
+    out.say(UNJUDGED)
     out.result(asdict(found), made=[*found.added, *found.replaced], show=lambda: _plan_table(found))
 
 

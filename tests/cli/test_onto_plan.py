@@ -29,6 +29,7 @@ def test_a_plan_names_who_is_in_who_is_new_and_who_is_replaced(lora_merge: Run, 
     code, out, _ = lora_merge("aggregate", "a", "c", *ONTO[:3])
     assert code == 0
     assert "org/c (weight 3)" in out
+    assert "far too large" in lora_merge("aggregate", "a", "c", *ONTO[:3])[2]
     assert digests(tmp_path / "global") == before
 
 

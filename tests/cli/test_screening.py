@@ -114,6 +114,16 @@ def test_a_boosted_update_stops_the_merge_and_nothing_is_written(lora_merge: Run
 
 
 @pytest.mark.usefixtures("four")
+def test_a_dry_run_says_that_it_judges_no_update(lora_merge: Run, tmp_path: Path) -> None:
+    changed(tmp_path / "d", boosted)
+    code, _, err = lora_merge("aggregate", "[abcd]", "--dry-run")
+    assert code == 0
+    assert "No tensor was read: updates that are far too large" in err
+    for silent in ("-q", "--json"):
+        assert "No tensor" not in lora_merge("aggregate", "[abcd]", "--dry-run", silent)[2]
+
+
+@pytest.mark.usefixtures("four")
 def test_the_bytes_of_a_merge_do_not_depend_on_screening(lora_merge: Run, tmp_path: Path) -> None:
     from lora_merge import aggregate
 
