@@ -17,6 +17,7 @@ from lora_merge.checkpoint.peft_folder import CONFIG_NAME, LEDGER_NAME, READ_NAM
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import NetworkError
 from lora_merge.hub.failures import asking
+from lora_merge.hub.session import is_offline
 from lora_merge.hub.transfer import moved
 from lora_merge.sources.reference import Advance, FileEntry
 from lora_merge.statement import FILE_NAME as STATEMENT_NAME
@@ -51,8 +52,9 @@ def cached_entries(repo: str, commit: str) -> dict[str, FileEntry]:
 
 
 def cached_entry(name: str, path: Path) -> FileEntry | None:
-    """A file by the name of its contents; None where the cache is one without links."""
-    stored, size = path.resolve().name, path.stat().st_size
+    """A file by the hash that was listed for it, to which its name links; None where the cache is one without links."""
+    # Where that is a link too, it leads on to what Xet calls the contents, which is another hash.
+    stored, size = os.path.basename(os.readlink(path)) if path.is_symlink() else "", path.stat().st_size
     if re.fullmatch(r"[0-9a-f]{64}", stored):
         return FileEntry(name, size, sha256=stored)
     return FileEntry(name, size, git_sha1=stored) if re.fullmatch(r"[0-9a-f]{40}", stored) else None
@@ -79,10 +81,14 @@ def fetch_file(repo: str, commit: str, file: FileEntry, advance: Advance) -> Pat
         problem = error.message
     if problem is None:
         return path
+    if is_offline():
+        raise NetworkError(
+            f"{repo}: {file.name} in the cache {problem}, and HF_HUB_OFFLINE is set.", hint="unset HF_HUB_OFFLINE"
+        )
     path = _download(repo, commit, file, counter, anew=True)
     if problem := hash_problem(path, file):
-        path.resolve().unlink()  # nobody else shall find it there
-        path.unlink(missing_ok=True)
+        for each in [path.resolve(), *_links(path)]:  # nobody else shall find it there
+            each.unlink(missing_ok=True)
         raise FolderRefused([FileRefused(file.name, f"{problem}; it was fetched twice")])
     return path
 
@@ -116,6 +122,13 @@ def hash_problem(content: bytes | Path, file: FileEntry) -> str | None:
     for chunk in _chunks(content):
         digest.update(chunk)
     return None if digest.hexdigest() == listed else "does not have the hash that is listed"
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """`path` and each link on the way from it to a file."""
+    while path.is_symlink():
+        yield path
+        path = path.parent / os.readlink(path)
 
 
 def _chunks(content: bytes | Path) -> Iterator[bytes]:
