@@ -218,19 +218,14 @@ def _losses(models: list[dict[str, Any]]) -> "Table":
 def verdict(model: dict[str, Any]) -> str:
     """Whether a global model was worth it, in one sentence."""
     gain = model["gain_over_mean_of_locals"]
-    if not (shown := _as_shown(gain))["value"]:
-        return f"{model['name']} equals the mean of the locals: {_cell(shown, 3, 3)}."
+    if not round(gain["value"], 3):
+        return f"{model['name']} equals the mean of the locals: {_cell(gain, 3, 3)}."
     word = "beats"
     if gain["value"] < 0:
         word = "falls short of"
         gain = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
     doubt = "" if gain["low"] > 0 else ", which may be chance"
     return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3)}{doubt}."
-
-
-def _as_shown(numbers: dict[str, float]) -> dict[str, float]:
-    """To three digits, with no zero below zero."""
-    return {name: round(value, 3) + 0.0 for name, value in numbers.items()}
 
 
 def _answers(answers: dict[str, str]) -> "Table":
@@ -253,4 +248,9 @@ def _numbers(estimate: "Estimate | None") -> dict[str, float] | None:
 
 def _cell(numbers: dict[str, float], digits: int, interval_digits: int) -> str:
     value, low, high = numbers["value"], numbers["low"], numbers["high"]
-    return f"{value:.{digits}f} [{low:.{interval_digits}f}, {high:.{interval_digits}f}]"
+    return f"{_fixed(value, digits)} [{_fixed(low, interval_digits)}, {_fixed(high, interval_digits)}]"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """So many digits, and no zero below zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"

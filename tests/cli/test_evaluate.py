@@ -72,7 +72,7 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
         (0.0, 0.0, 0.0, "g equals the mean of the locals: 0.000 [0.000, 0.000]."),
         (-1e-9, -1e-9, 0.0, "g equals the mean of the locals: 0.000 [0.000, 0.000]."),
         (-0.1, -0.0004, 0.2, "g equals the mean of the locals: 0.000 [-0.100, 0.200]."),
-        (-0.0009, -0.0006, 0.0, "g falls short of the mean of the locals by 0.001 [-0.000, 0.001], which may be chance."),
+        (-0.1, -0.01, 0.0, "g falls short of the mean of the locals by 0.010 [0.000, 0.100], which may be chance."),
     ],
 )
 def test_the_verdict_says_which_is_better_and_how_surely(low: float, value: float, high: float, sentence: str) -> None:
