@@ -102,7 +102,7 @@ def aggregate(
     ] = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOURCE=NUMBER", help="One client's weight, over what a --weights FILE says."),
+        typer.Option(metavar="SOURCE=NUMBER", help="One client's, over --weights FILE; may be repeated."),
     ] = None,
     global_lr: Annotated[
         float | None, typer.Option(help="The global learning rate: a factor on the mean update.  [default: 1]")

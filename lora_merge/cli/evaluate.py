@@ -66,7 +66,7 @@ def evaluate(
 
     The loss is the mean over all answer tokens, in nats a token; the interval is over examples.
 
-    Example: lora-merge evaluate 'clients/*' global --base org/base --data held-out.jsonl
+    Example: lora-merge evaluate 'clients/*' global --base org/base --data rows.jsonl
     """
     out = Output(as_json, quiet, debug)
     with out.reporting(), waiting_at_most(max_wait):

@@ -29,7 +29,8 @@ OntoOption = Annotated[
     ),
 ]
 WithdrawOption = Annotated[
-    list[str] | None, typer.Option("--withdraw", metavar="CLIENT", help="Of --onto: take this client out; may be repeated.")
+    list[str] | None,
+    typer.Option("--withdraw", metavar="CLIENT", help="Of --onto: take this one out; may be repeated."),
 ]
 
 

@@ -31,7 +31,7 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a setting of the recipe; `lora-merge recipes show RECIPE` lists them.",
+        help="Override a setting that `lora-merge recipes show RECIPE` lists; may be repeated.",
     ),
 ]
 

@@ -29,7 +29,8 @@ DropDuplicatesOption = Annotated[
     bool, typer.Option("--drop-duplicates", help="Of equal or nearly equal updates, keep the first by client id.")
 ]
 ExcludeOption = Annotated[
-    list[str] | None, typer.Option(metavar="SOURCE", help="Leave out a source or client id, or a pattern of them.")
+    list[str] | None,
+    typer.Option(metavar="SOURCE", help="Leave out a source or client id, or a pattern of them; may be repeated."),
 ]
 SkipRejectedOption = Annotated[
     bool, typer.Option("--skip-rejected", help="Merge the others where some are refused; each is named.")

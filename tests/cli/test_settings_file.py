@@ -205,6 +205,8 @@ def test_every_command_reports_in_all_three_ways_and_its_help_is_whole(path: tup
     options = {option for parameter in COMMANDS[path].params for option in parameter.opts}
     assert {"--json", "--quiet", "-q", "--debug"} <= options
     assert ("-o" in options) == ("--output" in options)
+    several = [each for each in COMMANDS[path].params if getattr(each, "multiple", False)]
+    assert [each.name for each in several if not each.help.endswith("may be repeated.")] == []
     code, out, _ = lora_merge(*path, "--help")
     assert code == 0
     assert f"Example: lora-merge {' '.join(path)}" in " ".join(out.split())
