@@ -113,7 +113,7 @@ def test_naming_all_who_are_in_makes_good_what_a_fold_without_a_core_lost(tmp_pa
     planned = plan(folders, onto, screening=None)
     made = fold(folders, onto, screening=None)
     assert made.changed
-    assert made.again == planned.again == "it had no core that arrivals can be folded into"
+    assert made.again == planned.again == "the global adapter had no core that arrivals can be folded into"
     aggregate(folders, once, method="svd", rank=4, screening=None)
     assert digests(onto)[FILES[0]] == digests(once)[FILES[0]]
     assert (onto / CORE).exists()
