@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from lora_merge.aggregation.certificate import relative_error
 from lora_merge.aggregation.coordinates import Coordinates
-from lora_merge.aggregation.registry import METHODS
-from lora_merge.aggregation.robust import TRIM, Reweighed, Robust, RobustError, check, reweigh
+from lora_merge.aggregation.robust import TRIM, Reweighed, Robust, RobustError, reweigh
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.planned import Measured, Settings
 from lora_merge.checkpoint.similarity import gram_of
@@ -23,24 +22,6 @@ class Defended:
     federation: Federation
     settings: Settings
     reweighed: Reweighed | None = None
-
-
-def require_rule(robust: Robust, method: str) -> None:
-    """Raise `UsageError` where a rule is asked for that there is not, or that the method cannot follow."""
-    try:
-        check(robust)
-    except RobustError as error:
-        raise UsageError(str(error)) from error
-    if robust.by_coordinate and method not in ("exact", "svd"):
-        raise UsageError(
-            f"--robust {robust.rule} takes the place of the mean, and {method} has a mean of its own.",
-            hint="Use --method exact, or svd for a small rank.",
-        )
-    if robust.clips and method in METHODS and not METHODS[method].linear:
-        raise UsageError(
-            f"--clip does nothing to {method}, which divides by the weight that clipping takes away.",
-            hint="Use --robust geometric-median, krum or multi-krum with it, or another method.",
-        )
 
 
 def defended(

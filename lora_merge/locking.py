@@ -4,10 +4,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_merge.aggregation.robust import WrongChoice, require_enough, robust_of
+from lora_merge.aggregation.weights import IN_RANGE, is_in_range
 from lora_merge.checkpoint.overwriting import adapter_around
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, VerificationError
 from lora_merge.lock import FILE_NAME, MAX_BYTES, Lock, LockError
+from lora_merge.options import OptionError, merge_settings, require_rule, require_sound
 
 
 def read_lock(path: Path) -> Lock:
@@ -15,7 +18,7 @@ def read_lock(path: Path) -> Lock:
 
     Raises:
         NotFoundError: there is none.
-        RefusedError: it is malformed.
+        RefusedError: it is malformed, or says what no merge can be made by.
     """
     if not path.is_file():
         raise NotFoundError(f"There is no lock {path}.", hint="lora-merge aggregate writes one beside the adapter.")
@@ -24,9 +27,31 @@ def read_lock(path: Path) -> Lock:
     try:
         if len(text) > MAX_BYTES:
             raise FileRefused("file", f"is larger than {MAX_BYTES} bytes")
-        return Lock.from_json(parse_json(text, "file"))
+        lock = Lock.from_json(parse_json(text, "file"))
+        _require_possible(lock)
+        return lock
     except (FileRefused, LockError) as error:
         raise RefusedError([Problem(path.name, error.field, error.reason)]) from error
+
+
+def _require_possible(lock: Lock) -> None:
+    """Raise `LockError` for a setting or a weight that a merge would refuse: whoever reads a lock did not choose it."""
+    of, robust = lock.options, robust_of(lock.options)
+    energy = of.get("energy") if of.get("rank") == "auto" else None
+    for at, entry in enumerate(lock.inputs):
+        if entry.weight != 0 and not is_in_range(entry.weight):
+            raise LockError(f"inputs[{at}].weight", f"must be 0, or {IN_RANGE}, is {entry.weight!r:.40}")
+    if not any(entry.weight for entry in lock.inputs):
+        raise LockError("inputs", "all have the weight 0")
+    try:
+        merge_settings(lock.method, of.get("rank"), energy, lock.dtype, None, of.get("density"), of.get("seed"))
+        require_rule(robust, lock.method)
+        require_sound(lock.global_lr, None)
+        if robust.byzantine is not None:
+            require_enough(sum(entry.weight > 0 for entry in lock.inputs), robust.byzantine)
+    except (OptionError, WrongChoice) as error:
+        name = error.option.replace("-", "_")
+        raise LockError(name if name in vars(lock) else f"options.{name}", error.reason) from error
 
 
 def is_to_be_written(path: Path, output: Path) -> bool:

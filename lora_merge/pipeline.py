@@ -20,7 +20,7 @@ from lora_merge.checkpoint.folder import atomic_folder, check_free
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolder
 from lora_merge.checkpoint.planned import CertificateMode, Measured, Merge, Settings
-from lora_merge.defence import Defended, defended, require_rule, with_defence
+from lora_merge.defence import Defended, defended, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
 from lora_merge.hub.waiting import MAX_WAIT
@@ -28,7 +28,7 @@ from lora_merge.intake import Reading, accepted
 from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.locking import is_to_be_written, pins_of, read_lock, require_unchanged, write_lock
-from lora_merge.options import merge_settings, require_sound
+from lora_merge.options import merge_settings, require_rule, require_sound
 from lora_merge.provenance import (
     contributions_of,
     ledger_of,

@@ -219,6 +219,45 @@ def test_a_malformed_lock_is_refused(change: dict[str, Any], merged: Path) -> No
         read_lock(merged / FILE_NAME)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"method": "svd", "options": {"rank": "1e5"}}, "options.rank"),
+        ({"method": "svd", "options": {"rank": "auto", "energy": "most"}}, "options.energy"),
+        ({"method": "ties", "options": {"rank": 2, "density": 7}}, "options.density"),
+        ({"method": "mean"}, "method"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"options": {"seed": -5}}, "options.seed"),
+        ({"options": {"robust": "krum", "byzantine": 10**200}}, "options.byzantine"),
+        ({"options": {"robust": ["krum"]}}, "options.robust"),
+        ({"options": {"clip": "1e400x"}}, "options.clip"),
+        ({"global_lr": 0}, "global_lr"),
+        ({"global_lr": 1e39}, "global_lr"),
+    ],
+)
+def test_a_setting_that_no_merge_takes_is_the_locks_fault(
+    change: dict[str, Any], field: str, merged: Path, plain: Folders
+) -> None:
+    path = merged / FILE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for call in (lambda: verify(merged, plain), lambda: aggregate(plain, merged, locked=True)):
+        with pytest.raises(RefusedError) as caught:
+            call()
+        assert [(each.client, each.field) for each in caught.value.problems] == [(FILE_NAME, field)]
+
+
+@pytest.mark.parametrize(
+    ("weight", "field"), [(1e-320, "inputs[0].weight"), (1e300, "inputs[0].weight"), (0, "inputs")]
+)
+def test_weights_that_no_merge_takes_are_the_locks_fault(
+    weight: float, field: str, merged: Path, plain: Folders
+) -> None:
+    changed_lock(merged, lambda lock: replace(lock, inputs=[replace(each, weight=weight) for each in lock.inputs]))
+    with pytest.raises(RefusedError) as caught:
+        verify(merged, plain)
+    assert [(each.client, each.field) for each in caught.value.problems] == [(FILE_NAME, field)]
+
+
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
 def test_a_lock_can_be_signed_and_a_changed_one_fails(merged: Path, tmp_path: Path) -> None:
     def ssh_keygen(*arguments: str, stdin: bytes | None = None) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_merge.aggregation.gram import Gram, squared_distances
+from lora_merge.aggregation.weights import IN_RANGE, is_in_range
 
 WEIGHT_RULES = ("geometric-median", "krum", "multi-krum")
 COORDINATE_RULES = ("median", "trimmed-mean")
@@ -27,7 +28,15 @@ STEPS = 10_000
 
 
 class RobustError(ValueError):
-    """A rule is asked for in a way that makes no sense, or of too few clients."""
+    """A rule is asked for in a way that makes no sense, or of updates too large for it."""
+
+
+class WrongChoice(RobustError):
+    """A choice makes no sense, or not of these clients: ``option`` says which, ``reason`` why."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"--{option} {reason}.")
+        self.option, self.reason = option, reason
 
 
 @dataclass(frozen=True)
@@ -103,29 +112,36 @@ class Reweighed:
 
 
 def check(robust: Robust) -> None:
-    """Raise `RobustError` where the choices are wrong or do not go together."""
+    """Raise `WrongChoice` where one of the choices is wrong, or does not go with another."""
     if robust.clips:
         _clip(robust.clip)
     if robust.rule is not None and robust.rule not in RULES:
-        raise RobustError(f"--robust must be one of {', '.join(RULES)}, is {robust.rule!r}.")
+        raise WrongChoice("robust", f"must be one of {', '.join(RULES)}, is {robust.rule!r:.40}")
     krum = robust.rule in ("krum", "multi-krum")
     if krum and robust.byzantine is None:
-        raise RobustError(f"--robust {robust.rule} needs --byzantine F, the number of hostile clients to withstand.")
+        raise WrongChoice("robust", f"{robust.rule} needs --byzantine F, the number of hostile clients to withstand")
     if not krum and robust.byzantine is not None:
-        raise RobustError("--byzantine is of --robust krum and multi-krum.")
+        raise WrongChoice("byzantine", "is of --robust krum and multi-krum")
     if robust.byzantine is not None and not (type(robust.byzantine) is int and robust.byzantine >= 0):
-        raise RobustError(f"--byzantine must be a whole number from 0 up, is {robust.byzantine!r}.")
+        raise WrongChoice("byzantine", f"must be a whole number from 0 up, is {robust.byzantine!r:.40}")
     if robust.trim is not None and robust.rule != "trimmed-mean":
-        raise RobustError("--trim is of --robust trimmed-mean.")
+        raise WrongChoice("trim", "is of --robust trimmed-mean")
     if robust.trim is not None and not (_is_number(robust.trim) and 0 < robust.trim < 0.5):
-        raise RobustError(f"--trim must be a share above 0 and below 0.5, is {robust.trim!r}.")
+        raise WrongChoice("trim", f"must be a share above 0 and below 0.5, is {robust.trim!r:.40}")
+
+
+def require_enough(m: int, byzantine: int) -> None:
+    """Raise `WrongChoice` where Krum cannot withstand `byzantine` hostile clients among `m`."""
+    if m < 2 * byzantine + 3:
+        among = f"Krum withstands only among {2 * byzantine + 3} or more; here are {m}"
+        raise WrongChoice("byzantine", f"is {byzantine}, which {among}")
 
 
 def reweigh(gram: Gram, robust: Robust) -> Reweighed:
     """The weights by clipping and then by the rule, if it is one of weights; the total stays N.
 
     Raises:
-        RobustError: the clients are too few for the rule.
+        RobustError: the clients are too few for the rule, or their updates too large.
     """
     n = torch.tensor(gram.n, dtype=torch.float64)
     limit = clip_norm(gram.norms.tolist(), robust.clip) if robust.clips else None
@@ -186,13 +202,10 @@ def krum_scores(matrix: Tensor, byzantine: int) -> Tensor:
     Source: Blanchard, El Mhamdi, Guerraoui & Stainer 2017 (Krum).
 
     Raises:
-        RobustError: m < 2 F + 3.
+        WrongChoice: m < 2 F + 3.
     """
     m = len(matrix)
-    if m < 2 * byzantine + 3:
-        raise RobustError(
-            f"Krum withstands {byzantine} hostile clients only among {2 * byzantine + 3} or more; here are {m}."
-        )
+    require_enough(m, byzantine)
     distances = squared_distances(matrix).fill_diagonal_(math.inf)
     return distances.sort(dim=1).values[:, : m - byzantine - 2].sum(dim=1)
 
@@ -247,10 +260,9 @@ def _clip(clip: str | float | None) -> tuple[float, bool]:
         number = float(text.removesuffix("x"))
     except ValueError:
         number = math.nan
-    if isinstance(clip, bool) or not 0 < number < math.inf:
-        raise RobustError(
-            f"--clip must be a multiple of the median norm as in 3x, a norm above 0, or off; is {text!r}."
-        )
+    if isinstance(clip, bool) or not is_in_range(number):
+        forms = f"a multiple of the median norm as in 3x, a norm, or off, with a number {IN_RANGE}"
+        raise WrongChoice("clip", f"must be {forms}; is {text!r:.40}")
     return number, text.endswith("x")
 
 

@@ -1,12 +1,19 @@
 """Each client's weight n: its examples, one, or what the user says. p_i is n_i over their sum."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from lora_merge.errors import UsageError
 
 Weights: TypeAlias = Literal["examples", "uniform"] | Mapping[str, float]
+
+SMALLEST, LARGEST = 1e-30, 1e30  # blocks are stored times their weight, and fp32 reaches little further
+IN_RANGE = f"from {SMALLEST:g} to {LARGEST:g}"
+
+
+def is_in_range(number: float) -> bool:
+    """Whether the arithmetic takes `number` as a factor: no product or quotient of two is 0 or infinite."""
+    return SMALLEST <= number <= LARGEST
 
 
 def resolve_weights(
@@ -20,7 +27,7 @@ def resolve_weights(
         names: other names by which `choice` may call a client (the source as given), to its id.
 
     Raises:
-        UsageError: a count is missing, a weight is missing, unknown, negative or not finite, or all are zero.
+        UsageError: a count is missing, a weight is missing, unknown or out of range, or all are zero.
     """
     if choice == "uniform":
         return [1.0] * len(ids)
@@ -30,7 +37,7 @@ def resolve_weights(
         raise UsageError(f"weights must be examples, uniform or a mapping, not {choice!r}.")
     else:
         weights = _as_given(ids, choice, names or {})
-    if not 0 < sum(weights) < math.inf:
+    if not any(weights):
         raise UsageError("The weights sum to zero: there is nothing to average.", hint="Try --weights uniform.")
     return weights
 
@@ -59,8 +66,8 @@ def _as_given(ids: Sequence[str], given: Mapping[str, float], names: Mapping[str
             raise UsageError(f"{client} is given two weights.")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise UsageError(f"The weight of {name} is {weight!r}; it must be a number.")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UsageError(f"The weight of {name} is {weight}; it must be a finite number from 0 up.")
+        if weight != 0 and not is_in_range(weight):
+            raise UsageError(f"The weight of {name} is {weight!r:.40}; it must be 0, or {IN_RANGE}.")
         by_id[client] = float(weight)
     if missing := [client for client in ids if client not in by_id]:
         raise UsageError(

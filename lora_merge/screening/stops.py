@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_merge.aggregation.apart import Whole
+from lora_merge.aggregation.weights import IN_RANGE, is_in_range
 from lora_merge.errors import Problem, UsageError, one_line
 
 FEW_COUNTS, FEW_NORMS = 4, 3  # with fewer clients, none of them is an outlier
@@ -49,7 +50,7 @@ def cap_of(choice: str | float | None, counts: Sequence[float]) -> float | None:
     """The most examples that a client counts for; `5x` is five times the median of `counts`.
 
     Raises:
-        UsageError: it is neither a number above 0 nor a multiple of the median.
+        UsageError: it is neither a number in range nor a multiple of the median.
     """
     if choice is None:
         return None
@@ -58,8 +59,9 @@ def cap_of(choice: str | float | None, counts: Sequence[float]) -> float | None:
         number = float(text.removesuffix("x"))
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise UsageError(f"--cap-examples must be a number above 0, or a multiple of the median as in 5x; is {text!r}.")
+    if not is_in_range(number):
+        forms = f"a number {IN_RANGE}, or a multiple of the median as in 5x"
+        raise UsageError(f"--cap-examples must be {forms}; is {text!r:.40}.")
     return number * median_of(counts) if text.endswith("x") else number
 
 
