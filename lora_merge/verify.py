@@ -13,21 +13,18 @@ import torch
 from lora_merge.checkpoint.compare import compare
 from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.checkpoint.intact import OWN_NAMES, WAY_ON, alterations, own_hashes
-from lora_merge.checkpoint.peft_folder import (
-    CONFIG_NAME,
-    CORE_NAME,
-    LEDGER_NAME,
-    FolderRefused,
-    open_folder,
-)
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, CORE_NAME, LEDGER_NAME, FolderRefused, open_folder
+from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.environment import device_called, environment
 from lora_merge.errors import NotFoundError, Problem, RefusedError
 from lora_merge.folding.global_adapter import ledger_in
 from lora_merge.folding.replay import replay
 from lora_merge.intake import Reading
+from lora_merge.ledger import Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock, LockedInput
 from lora_merge.locking import read_lock
+from lora_merge.recorded import ledger_untruths, lock_untruths
 from lora_merge.screening.selection import client_id
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms, open_rooms
@@ -85,18 +82,30 @@ def verify(
         candidates = rooms.examine(rooms.expand([target]))
         folder = rooms.fetch(candidates, reading.progress)[0]
         lock, published = read_lock(folder / LOCK_NAME), own_hashes(folder)
-        recorded = _require_intact(folder, str(target), published)
+        ledger = ledger_in(folder, str(target)) if (folder / LEDGER_NAME).exists() else None
+        _require_intact(ledger, str(target), published)
         given = _given(rooms, [*_named_inputs(lock, bool(sources)), *sources])
         inputs = _locked_ones(lock, given, partial(_hashes, rooms, reading))
         surplus = given.surplus(inputs.values())
         device = device_called(lock.environment.get("device", "cpu"))
         with scratch_folder() as scratch:
             again = scratch / "again"
-            core = CORE_NAME in recorded  # it may be taken away, but the merge went through it
+            # The core may be taken away, but the merge went through it.
+            core = CORE_NAME in (ledger.files if ledger and ledger.files is not None else published)
             try:
-                on = str(device or "cpu")
+                on, how = str(device or "cpu"), _measured_as(ledger)
                 refs = {client: each.ref for client, each in inputs.items()}
-                replay(lock, refs, again, core=core, base=base, device=on, workers=workers, reading=reading)
+                replay(
+                    lock,
+                    refs,
+                    again,
+                    core=core,
+                    certificate=how,
+                    base=base,
+                    device=on,
+                    workers=workers,
+                    reading=reading,
+                )
                 hashes = {each.client_id: each.files for each in read_lock(again / LOCK_NAME).inputs}
             except RefusedError as error:
                 hashes = {client: _hashes(rooms, reading, each) for client, each in inputs.items()}
@@ -106,17 +115,29 @@ def verify(
                 reasons = _other_inputs(lock, hashes)
             if reasons:
                 return Verification(str(target), "different", reasons, inputs=len(lock.inputs), surplus=surplus)
-            return replace(_compared(str(target), folder, published, again, lock, device), surplus=surplus)
+            found = _compared(str(target), folder, published, again, lock, device)
+            untrue = _untruths(again, lock, ledger)
+            verdict: Verdict = "different" if untrue else found.verdict
+            return replace(found, verdict=verdict, reasons=(*found.reasons, *untrue), surplus=surplus)
 
 
-def _require_intact(folder: Path, target: str, published: Mapping[str, str]) -> Mapping[str, str]:
-    """The files that the merge wrote; raises `RefusedError` where its ledger says at once that others are here."""
-    if not (folder / LEDGER_NAME).exists():
-        return published
-    ledger = ledger_in(folder, target)
-    if problems := [Problem(target, *found) for found in alterations(ledger, published)]:
+def _require_intact(ledger: Ledger | None, target: str, published: Mapping[str, str]) -> None:
+    """Raise `RefusedError` where the ledger says at once that these are not the files that the merge wrote."""
+    if ledger and (problems := [Problem(target, *found) for found in alterations(ledger, published)]):
         raise RefusedError(problems, hint=WAY_ON)
-    return published if ledger.files is None else ledger.files
+
+
+def _measured_as(ledger: Ledger | None) -> CertificateMode | None:
+    """How the certificate was measured, so that it can be measured again."""
+    if ledger is None or ledger.certificate.measured_by == "off":
+        return "off"
+    return "probes" if ledger.certificate.measured_by == "probes" else None
+
+
+def _untruths(again: Path, lock: Lock, ledger: Ledger | None) -> list[str]:
+    """What the records say that is not so."""
+    found = lock_untruths(lock, read_lock(again / LOCK_NAME))
+    return found + (ledger_untruths(ledger, ledger_in(again, str(again)), lock) if ledger else [])
 
 
 @dataclass(frozen=True)
@@ -151,16 +172,18 @@ def _hashes(rooms: Rooms, reading: Reading, candidate: Candidate) -> Mapping[str
 
 
 def _named_inputs(lock: Lock, others_are_given: bool) -> list[str]:
-    """The inputs that can be found again by name: repositories at their commits, and URLs."""
-    named = [f"hf://{entry.source}@{entry.commit}" if entry.commit else entry.source for entry in lock.inputs]
-    found = [name for name in named if "://" in name]
-    if len(found) < len(named) and not others_are_given:
-        lost = [name for name in named if "://" not in name]
+    """The inputs that are found again by name: repositories at their commits.
+
+    A URL is opened only where the user names it too: it is a stranger's, who could send us to any host or file.
+    """
+    elsewhere = [entry.source for entry in lock.inputs if not entry.commit]
+    if elsewhere and not others_are_given:
+        named = ", ".join(elsewhere[:5])
         raise NotFoundError(
-            f"The lock names inputs that lay in folders, by hash and not by path: {', '.join(lost[:5])}.",
-            hint="Name the folders too: lora-merge verify TARGET FOLDER…",
+            f"The lock names inputs that lay in folders, by hash and not by path, or at URLs: {named}.",
+            hint="Name them too: lora-merge verify TARGET FOLDER…",
         )
-    return found
+    return [f"hf://{entry.source}@{entry.commit}" for entry in lock.inputs if entry.commit]
 
 
 def _locked_ones(lock: Lock, given: _Given, hashes: Callable[[Candidate], Mapping[str, str]]) -> dict[str, Candidate]:

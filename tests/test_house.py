@@ -24,7 +24,7 @@ ROWS = (
     ("folding",),
     ("pipeline",),
     ("assembly", "defence", "evaluation", "locking", "provenance", "publish"),
-    ("intake", "kept"),
+    ("intake", "kept", "recorded"),
     ("screening", "training"),
     ("agreement", "options", "sources"),
     ("card", "checkpoint", "environment", "hub", "recipe_files"),

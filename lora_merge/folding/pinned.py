@@ -49,10 +49,13 @@ def _fetched(
 
 def candidates_again(rooms: Rooms, missing: Sequence[Contribution]) -> list[Candidate]:
     """The adapters that went in, at their commits; raises `NotFoundError` where one cannot be found by its source."""
-    if lost := [each.source for each in missing if not each.commit and "://" not in each.source]:
-        raise NotFoundError(f"Folders are known by their hashes and not by their paths: {', '.join(lost[:5])}.")
-    named = [f"hf://{each.source}@{each.commit}" if each.commit else each.source for each in missing]
-    return rooms.examine(rooms.expand(named)) if named else []
+    # A URL is opened only where the user names it: a stranger's record could send us to any host or file.
+    if lost := [each.source for each in missing if not each.commit]:
+        named = ", ".join(lost[:5])
+        raise NotFoundError(
+            f"Folders are known by their hashes and not by their paths, and URLs are not opened: {named}."
+        )
+    return rooms.examine(rooms.expand([f"hf://{each.source}@{each.commit}" for each in missing])) if missing else []
 
 
 def _gone(why: str, reason: str) -> NotFoundError:

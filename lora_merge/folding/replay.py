@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_merge.aggregation.robust import robust_of
+from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.folding.corridor import How, Located, fold_folder
 from lora_merge.intake import Reading
 from lora_merge.lock import Lock
@@ -17,6 +18,7 @@ def replay(
     target: Path,
     *,
     core: bool,
+    certificate: CertificateMode | None,
     base: str | Path | None,
     device: str,
     workers: int | None,
@@ -24,7 +26,7 @@ def replay(
 ) -> None:
     """Merge the lock's inputs, which lie at `refs` by client id, into the folder `target`; with a `core` or without.
 
-    Nothing is screened: whoever is in was let in.
+    Nothing is screened: whoever is in was let in. What the last step wrote is measured, as `certificate` says.
     """
     first, *later = lock.folded or [[entry.client_id for entry in lock.inputs]]
     n = {entry.client_id: entry.weight for entry in lock.inputs}
@@ -49,7 +51,7 @@ def replay(
         base=base,
         dtype=lock.dtype,
         device=device,
-        certificate="off",
+        certificate="off" if later else certificate,
         workers=workers,
         core=core,
         screening=None,
@@ -57,9 +59,10 @@ def replay(
         tell=reading.tell,
         progress=reading.progress,
     )
-    for group in later:
+    for number, group in enumerate(later, start=1):
         named, given = of(group)
-        how = How({}, given, base, device, certificate="off", workers=workers, pinned=False)
+        measured = certificate if number == len(later) else "off"
+        how = How({}, given, base, device, certificate=measured, workers=workers, pinned=False)
         fold_folder(named, Located(target, str(target)), target, (), how, reading)
 
 

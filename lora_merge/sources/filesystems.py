@@ -131,11 +131,12 @@ def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-    try:
-        filesystem, path = url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        scheme = one_line(url.partition("://")[0])
-        raise UsageError(f"{scheme}:// cannot be read here: {one_line(error)}.") from error
+    with _Translated(url):
+        try:
+            filesystem, path = url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            scheme = one_line(url.partition("://")[0])
+            raise UsageError(f"{scheme}:// cannot be read here: {one_line(error)}.") from error
     return filesystem, str(path).rstrip("/")
 
 
