@@ -164,3 +164,17 @@ def test_below_a_folder_of_this_machine_no_pattern_is_looked_for_on_the_hub_and_
 def test_a_hub_that_must_not_be_asked_is_a_network_error(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="HF_HUB_OFFLINE is set"):
         aggregate(["org/client-0"], tmp_path / "global")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("zip://x::file:///etc/passwd", "tar://x::file:///etc/passwd", "jupyter://x", "reference://x", "dir://x"),
+        *("generic://x", "async_wrapper://x", "filecache://x", "blockcache://x::memory://y", "ftp://127.0.0.1:1/x"),
+        *("git://x", "data://x", "libarchive://x", "http://127.0.0.1:1/x", "sftp://127.0.0.1:1/x", "nosuch://x"),
+    ],
+)
+def test_whatever_a_file_system_raises_is_said_in_a_sentence(source: str, tmp_path: Path) -> None:
+    with pytest.raises((NetworkError, NotFoundError, UsageError)) as caught:
+        aggregate([source], tmp_path / "global")
+    assert caught.value.message
