@@ -1,7 +1,8 @@
 """Merging under a lock: reading and writing `lora-merge.lock`, the commits it pins, and what it forbids."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_merge.aggregation.robust import WrongChoice, require_enough, robust_of
@@ -58,32 +59,45 @@ def is_to_be_written(path: Path, output: Path) -> bool:
     """Whether a merge into `output` writes the lock at `path`; one that an adapter's folder holds is only read.
 
     Raises:
-        UsageError: it is not there, and would be a new file in an adapter's folder.
+        UsageError: it is not there, and would be the output or a new file in an adapter's folder.
+        OSError: no file can be written there, which is said before the merge.
     """
     place, into = Path(os.path.realpath(path)), Path(os.path.realpath(output))
     if place == into / FILE_NAME:
         return False  # the merge brings it along
-    folder = into if into in place.parents else adapter_around(path)
+    folder = into if into in (place, *place.parents) else adapter_around(path)
     if folder and not path.exists():
         raise UsageError(
             f"There is no lock {path}, and none is written into {folder}, which is an adapter's folder.",
             hint="Name a lock that is there, or a place for a new one apart from adapters.",
         )
+    if folder is None:
+        with _file_beside(path):
+            pass
     return folder is None
 
 
 def write_lock(lock: Lock, path: Path) -> None:
     """Write the lock to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with _file_beside(path) as work:
         with work.open("w", encoding="ascii") as file:
             file.write(lock.to_json())
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)
+
+
+@contextmanager
+def _file_beside(path: Path) -> Iterator[Path]:
+    """An empty file in the folder of `path`, which is gone at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        work.touch()
+        yield work
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):  # what is wrong with the name was said already
+            work.unlink()
 
 
 def pins_of(lock: Lock | None) -> Mapping[str, str]:

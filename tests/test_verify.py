@@ -192,6 +192,16 @@ def test_no_lock_is_written_into_an_adapters_folder(plain: Folders, tmp_path: Pa
     assert len(read_lock(output / FILE_NAME).inputs) == len(plain)
 
 
+def test_a_lock_that_cannot_be_written_is_said_before_the_merge(plain: Folders, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no lock"):
+        aggregate(plain, tmp_path / "global", lock=tmp_path / "global")
+    for place in ("a" * 300, "file/my.lock"):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=r"File name too long|File exists|Not a directory"):
+            aggregate(plain, tmp_path / "global", lock=tmp_path / place)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file"}
+
+
 def test_locked_without_a_lock_is_not_found(plain: Folders, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
         aggregate(plain, tmp_path / "global", locked=True)
