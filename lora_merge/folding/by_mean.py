@@ -80,7 +80,7 @@ def lost_without_core(before: GlobalAdapter, reason: str) -> str:
     return (
         f"{before.place} {has} {CORE_NAME}, and the files of the clients in it are not all there "
         f"({reason.removesuffix('.')}). Its rank-{rank} mean stood for them: what that had cut off of their updates is "
-        "lost, and the certificate may have no bound for it. Name those clients' folders among the sources too, and "
+        "lost, the certificate may have no bound for it, and verify may make another one. Name those clients' folders among the sources too, and "
         "all are merged again, with a new core."
     )
 
