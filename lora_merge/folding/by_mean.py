@@ -80,8 +80,8 @@ def lost_without_core(before: GlobalAdapter, reason: str) -> str:
     return (
         f"{before.place} {has} {CORE_NAME}, and the files of the clients in it are not all there "
         f"({reason.removesuffix('.')}). Its rank-{rank} mean stood for them: what that had cut off of their updates is "
-        "lost, the certificate may have no bound for it, and verify may make another one. Name those clients' folders among the sources too, and "
-        "all are merged again, with a new core."
+        "lost, the certificate may have no bound for it, and verify may make another one. Name those clients' folders "
+        "among the sources too, and all are merged again, with a new core."
     )
 
 
