@@ -55,7 +55,7 @@ def test_the_table_is_the_result_and_all_else_is_talk(finished: tuple[Path, str,
     _, out, err = finished
     for name in ("base", "demo/networking", "demo/text", "mean of locals", "global"):
         assert any(line.strip().startswith(f"{name} ") for line in out.splitlines()), name
-    assert "the mean of the locals by" in out
+    assert " the mean of the locals" in out
     assert "$ OMP_NUM_THREADS=1 " in err
     assert "1/4 The data" in err
     assert "networking: demo/networking" in err

@@ -357,7 +357,7 @@ def test_a_watch_names_who_is_in_and_keeps_an_arrival_out_until_they_are_not(fou
     require_one_merge(onto, four)
 
 
-def test_the_hints_of_a_watch_name_only_its_own_options(onto: Path, tmp_path: Path) -> None:
+def test_the_hints_of_a_watch_name_only_what_works(onto: Path, tmp_path: Path) -> None:
     poison(late(tmp_path / "in" / "nan"), float("nan"))
     hostile(tmp_path / "in" / "f", "num_examples")
     hostile(tmp_path / "in" / "g", "update")
@@ -373,7 +373,7 @@ def test_the_hints_of_a_watch_name_only_its_own_options(onto: Path, tmp_path: Pa
         "f": "To let it in, watch with --allow-dominant.",
         "g": "To let it in, watch with --allow-outliers.",
         "nan": "It is looked at again when it changes.",
-        "silent": "It is looked at again when it changes.",
+        "silent": "Let its lora_merge.json state it, or merge all clients anew without --onto, with --weights.",
     }
 
 
