@@ -44,10 +44,13 @@ def summary(squares: Mapping[str, Tensor]) -> tuple[float | None, float | None]:
 
     The effective rank is (sum s^2)^2 / sum s^4, averaged over the blocks by |delta_w|^2. None where all is zero.
     """
-    blocks = [block for values in squares.values() for block in values if float(block.sum()) > 0]
-    total = sum(float(block.sum()) for block in blocks)
-    if not total:
+    largest = max((float(values.max()) for values in squares.values()), default=0.0)
+    if not largest:
         return None, None
+    # Neither depends on the size, whose sixth power may be out of range.
+    scaled = [block for values in squares.values() for block in values / largest]
+    blocks = [block for block in scaled if float(block.square().sum()) > 0]
+    total = sum(float(block.sum()) for block in blocks)
     top = sum(float(block.max()) for block in blocks) / total
     effective = sum(float(block.sum()) ** 3 / float(block.square().sum()) for block in blocks) / total
     return top, effective

@@ -2,6 +2,7 @@
 
 import io
 import json
+import operator
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,22 @@ def test_what_would_stop_a_merge_is_said_and_ends_in_3(lora_merge: Run, tmp_path
     code, out, _ = lora_merge("inspect", "[abcd]", "--exclude", "[ab]")
     assert code == 0
     assert "left out: a: excluded by [ab]" in out
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-15, 1e15, 1e30, 1e37])
+def test_an_update_of_any_size_is_judged_and_its_spectrum_has_its_shape(
+    size: float, lora_merge: Run, tmp_path: Path
+) -> None:
+    spectrum = operator.itemgetter("top_share", "effective_rank")
+    before = [spectrum(each) for each in inspected(lora_merge, "[abcd]")["clients"]]
+    changed(tmp_path / "a", lambda tensors: tensors.update({name: size * each for name, each in tensors.items()}))
+    code = 3 if size > 1 else 0
+    found = inspected(lora_merge, "[abcd]", code=code)["clients"]
+    near = 1e-5 if size > 1e-38 else 0.1  # fp32 keeps few digits of what is smaller
+    assert [spectrum(each) for each in found] == [pytest.approx(each, rel=near) for each in before]
+    assert lora_merge("aggregate", "[abcd]", "-o", "global")[0] == code
+    assert lora_merge("check", "a")[0] == 0
 
 
 @pytest.mark.usefixtures("four")
