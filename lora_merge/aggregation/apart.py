@@ -11,6 +11,7 @@ no sum changes. So they are drawn from the hashes of all that is handed in, W's 
 same ones, and nobody has them while it may still be changed.
 """
 
+import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,6 +76,16 @@ def distance(one: Adapter, two: Adapter) -> float:
     if sorted(names) != sorted(trained_whole(two)):
         return math.inf
     return math.sqrt(sum(_squared_distance(dict(pieces_of(n, one[n])), dict(pieces_of(n, two[n]))) for n in names))
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """The sha256 of all that a client trained whole: of the values, however their file lays them out."""
+    found = hashlib.sha256()
+    for name in sorted(trained_whole(adapter)):
+        for piece, value in pieces_of(name, adapter[name]):
+            found.update(f"{piece} {tuple(value.shape)}\n".encode())
+            found.update(value.float().contiguous().cpu().numpy().data)
+    return found.hexdigest()
 
 
 def _squared_distance(one: Mapping[Piece, Tensor], two: Mapping[Piece, Tensor]) -> float:

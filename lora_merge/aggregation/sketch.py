@@ -66,7 +66,7 @@ def sketch_of(update: Factors) -> Tensor:
     U, V = _signs_of(update)
     square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
     values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double().cpu()
-    if update.bias is not None or not math.isfinite(square):  # fp32 ends where honest updates never are
+    if update.bias is not None or not 0 < square < math.inf:  # fp32 ends where honest updates never are
         square = inner_products.squared_norm(update)
     found = max(0.0, square) if math.isfinite(square) else math.inf
     return torch.cat([torch.tensor([found], dtype=torch.float64), update.scaling * values])

@@ -4,12 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 
 from torch import Tensor
 
 from lora_merge.adapter import Adapter, Client, Factors, FactorsSpec, Spec, Update
 from lora_merge.aggregation import gram, inner_products
-from lora_merge.aggregation.apart import distance, trained_whole
+from lora_merge.aggregation.apart import distance, fingerprint, trained_whole
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
@@ -131,8 +132,16 @@ def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Hel
     perhaps = cosines(rest, above=PERHAPS_A_COPY)
     perhaps |= cosines_to_blocks(rest, list(held.updates), held.sketches, above=PERHAPS_A_COPY)
     alike = {client: rest.get(client) or held.updates[client] for pair in perhaps for client in pair}
-    near = nearly_identical(list(rest), _measured(alike, perhaps), list(held.updates)) if perhaps else []
+    found = {**_without_factors(rest), **(_measured(alike, perhaps) if perhaps else {})}
+    near = nearly_identical(list(rest), found, list(held.updates))
     return sorted([*same, *near], key=lambda copy: copy.client)
+
+
+def _without_factors(clients: Mapping[str, Sketched]) -> dict[tuple[str, str], float]:
+    """The cosine, 1, of those whose s B A is zero and whose values trained whole are equal: so whatever the base is."""
+    still = sorted(client for client, each in clients.items() if not each.norm and trained_whole(each))
+    values = {client: fingerprint(clients[client]) for client in still} if len(still) > 1 else {}
+    return {(one, two): 1.0 for one, two in combinations(values, 2) if values[one] == values[two]}
 
 
 def _measured(clients: Mapping[str, Adapter], perhaps: Collection[tuple[str, str]]) -> Mapping[tuple[str, str], float]:

@@ -53,9 +53,10 @@ def test_an_adapter_of_which_nothing_was_read_has_no_norm() -> None:
     assert Sketched(Plain(one=update(1))).norm is None
 
 
-def test_factors_beyond_the_range_of_fp32_products_still_have_their_norm() -> None:
-    factors = replace(update(1), A=update(1).A * 1e25)
-    assert sketched(Plain(one=factors)).norm == pytest.approx(1e25 * float(dense(update(1)).norm()), rel=1e-6)
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_factors_beyond_the_range_of_fp32_products_still_have_their_norm(size: float) -> None:
+    factors = replace(update(1), A=update(1).A * size)
+    assert sketched(Plain(one=factors)).norm == pytest.approx(size * float(dense(update(1)).norm()), rel=1e-6)
 
 
 def test_rotated_factors_have_the_same_sketch() -> None:

@@ -178,3 +178,31 @@ def test_a_copy_is_one_with_what_it_trained_whole(name: str, federations: Federa
     assert [each.source for each in dropped.ledger.left_out] == ["copy"]
     seen = inspect(folders, screening=Screening(), reading=Reading()).clients
     assert [each.client_id for each in seen if "nearly the update" in " ".join(each.flags)] == ["org/copy"]
+
+
+@each_whole
+def test_without_a_low_rank_part_equal_values_are_a_copy_and_others_are_none(
+    name: str, federations: Federations, tmp_path: Path
+) -> None:
+    kind, ending = WHOLE[name]
+    made = federations(kind)
+    other = load_file(made.clients[1] / WEIGHTS)
+
+    def still(taken: str) -> Any:
+        """The first client's tensors with lora_B at zero, and the second one's where a name ends in `taken`."""
+        return lambda tensors: {
+            key: torch.zeros_like(value) if ".lora_B." in key else (other if key.endswith(taken) else tensors)[key]
+            for key, value in tensors.items()
+        }
+
+    taken = {"a": "none", "b": "lora_A.weight", "other": ending}
+    folders = [edited(made.clients[0], tmp_path / name, tensors=still(what)) for name, what in taken.items()]
+    merged = aggregate(
+        [*made.clients[2:], *folders],
+        tmp_path / "global",
+        base=made.base,
+        weights="uniform",
+        certificate="off",
+        screening=Screening(drop_duplicates=True),
+    )
+    assert [each.source for each in merged.ledger.left_out] == ["b"]
