@@ -19,7 +19,7 @@ from lora_merge.screening.selection import Selection, by_client_id, clients_amon
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import weighed
 from lora_merge.sources.reference import AdapterRef, Candidate, Progress, Tell
-from lora_merge.sources.rooms import Rooms, open_rooms
+from lora_merge.sources.rooms import Rooms, open_rooms, require_once
 
 FILES_BESIDE = 200  # sockets, caches, libraries
 UNSCREENED = Screening(allow_dominant=True, allow_outliers=True, allow_merged=True)
@@ -159,7 +159,7 @@ def _examined(
     rooms: Rooms, sources: Sequence[str | Path], pins: Mapping[str, str], selection: Selection
 ) -> dict[str, Candidate]:
     """The adapters that the sources name, by client id, sorted; refused where they are no federation."""
-    refs = [_pinned(ref, pins) for ref in rooms.expand(sources)]
+    refs = [_pinned(ref, pins) for ref in rooms.expand(sources, once=False)]
     if not refs:
         raise UsageError("No adapter is given.", hint="lora-merge aggregate client-1 client-2 --output global")
     found = candidates_of(rooms, refs, selection)
@@ -176,7 +176,9 @@ def candidates_of(
     Args:
         known: names of clients that are in already, who may be excluded without being looked at.
     """
-    candidates = rooms.examine(listed(refs, selection), selection.refuse)
+    taking_part = listed(refs, selection)
+    require_once(taking_part)
+    candidates = rooms.examine(taking_part, selection.refuse)
     require_exclusions_used(refs, candidates, selection.screening.exclude, known)
     found = _agreeing(by_client_id(clients_among(candidates, selection), selection), selection)
     selection.require(len(found))

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from lora_merge.cli.output import Output, plain
 from lora_merge.cli.sizes import size_text
+from lora_merge.cli.sources import source_of
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from lora_merge.forecast import Forecast, ForecastClient
+    from lora_merge.forecast import Forecast
     from lora_merge.screening.stops import Screening
 
 UNJUDGED = (
@@ -29,11 +30,8 @@ def show_forecast(
     for warning in found.warnings:
         out.warn(warning)
     out.say(UNJUDGED)
-    out.result(asdict(found), made=[_pin(c) for c in found.clients], show=lambda: _forecast_table(found))
-
-
-def _pin(client: "ForecastClient") -> str:
-    return f"{client.place}@{client.commit}" if client.commit else client.place
+    made = [source_of(client.place, client.commit) for client in found.clients]
+    out.result(asdict(found), made=made, show=lambda: _forecast_table(found))
 
 
 def _forecast_table(found: "Forecast") -> "Group":

@@ -12,7 +12,7 @@ from lora_merge.cli.heat_map import heat_map, shades
 from lora_merge.cli.output import DebugOption, JsonOption, Output, QuietOption, plain, printable
 from lora_merge.cli.screening import AllowListOption, ExcludeOption
 from lora_merge.cli.sizes import size_text
-from lora_merge.cli.sources import sources_of
+from lora_merge.cli.sources import source_of, sources_of
 from lora_merge.cli.waiting import MaxWaitOption
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
@@ -58,15 +58,10 @@ def inspect(
         found = run(named, screening=screening, reading=reading, base=base)
         for warning in found.warnings:
             out.warn(warning)
-        made = [_pin(client) for client in found.clients if not client.stops]
+        made = [source_of(client.place, client.commit) for client in found.clients if not client.stops]
         out.result({**asdict(found), "would_stop": found.would_stop}, made=made, show=lambda: _shown(found))
         if found.would_stop:
             raise typer.Exit(3)
-
-
-def _pin(client: "Inspected") -> str:
-    """What `aggregate -` takes from standard input."""
-    return f"{client.place}@{client.commit}" if client.commit else client.place
 
 
 def _shown(found: "Inspection") -> "Group":

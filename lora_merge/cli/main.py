@@ -19,7 +19,7 @@ from lora_merge.cli.inspect import inspect
 from lora_merge.cli.output import SCHEMA_VERSION, Output
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
-from lora_merge.cli.settings_file import load_defaults, set_elsewhere
+from lora_merge.cli.settings_file import load_defaults, require_hub_address, set_elsewhere
 from lora_merge.cli.streams import discard, open_streams
 from lora_merge.cli.train import train
 from lora_merge.cli.verify import verify
@@ -50,6 +50,7 @@ def lora_merge(
     """Merge LoRA adapters that were fine-tuned apart: one exact mean, no server, no rounds."""
     with Output(as_json="--json" in sys.argv).reporting():
         load_defaults(context)
+        require_hub_address()
 
 
 # What each is listed as by `lora-merge --help`: a line of 80 columns, where typer would cut the first sentence.

@@ -61,6 +61,22 @@ def load_defaults(context: typer.Context) -> None:
             _set_by.update({each.option: each.origin for each in options.values()})
 
 
+def require_hub_address() -> None:
+    """Raise `UsageError` where HF_ENDPOINT is no address: the Hub's library would fail while it is imported."""
+    address = os.environ.get("HF_ENDPOINT")
+    if not address:
+        return
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(address)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError(f"HF_ENDPOINT must be the address of a Hub, as in https://huggingface.co, is {address!r}.")
+
+
 def without_those_typed_over(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` of options by name, None where one was not typed, and what it belongs to was."""
     typed = {
@@ -102,6 +118,8 @@ def _of_file(commands: Mapping[str, Any]) -> _Layer:
         return {}
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UsageError(f"{FILE_NAME} is nested too deeply.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{FILE_NAME} is not valid TOML: {error}.") from error
     return {path: options for name, table in tables.items() for path, options in _tables(commands, (name,), table)}

@@ -7,13 +7,20 @@ from lora_merge.errors import NotFoundError, UsageError
 
 
 def sources_of(given: Sequence[str] | None) -> list[str]:
-    """The sources, with the lines of standard input in the place of `-`; `#` begins a line that is none.
+    """The sources, with the lines of standard input in the place of `-`, as they stand; `#` begins one that is none.
 
     Raises:
         NotFoundError: standard input names none.
         UsageError: a source is empty, which would be the folder that one is in.
     """
     return [source for each in given or [] for source in _named(each)]
+
+
+def source_of(place: str, commit: str | None) -> str:
+    """What names an adapter to the next command, also as a line of standard input: neither blank nor a comment."""
+    if commit:
+        return f"{place}@{commit}"
+    return f"./{place}" if place.startswith("#") or not place.strip() else place
 
 
 def require_no_standard_input(sources: Sequence[str]) -> None:
@@ -29,7 +36,9 @@ def _named(source: str) -> Iterator[str]:
     if source != "-":
         yield source
         return
-    lines = [line for text in sys.stdin.read().splitlines() if (line := text.strip()) and not line.startswith("#")]
+    if sys.stdin is None:
+        raise UsageError("Standard input is closed, and - reads sources from it.")
+    lines = [line for line in sys.stdin.read().split("\n") if line.strip() and not line.startswith("#")]
     if not lines:
         raise NotFoundError("Standard input names no adapter.", hint="One source a line.")
     yield from lines

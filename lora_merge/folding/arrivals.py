@@ -259,7 +259,7 @@ def refs_of(
     """The adapters that the sources name, but the global adapter at `place` itself and what `leave_out` came from."""
     return [
         ref
-        for ref in (rooms.expand(sources) if sources else [])
+        for ref in (rooms.expand(sources, once=False) if sources else [])
         if place not in (ref.place, str(Path(ref.place).resolve()))
         and not any((each.commit is None) == (ref.commit is None) and came_from(each.source, ref) for each in leave_out)
     ]

@@ -52,7 +52,7 @@ class LocalRoom:
         return 0
 
     def _folders(self, source: str) -> list[Path]:
-        path = Path(source).expanduser()
+        path = _path(source)
         if path.is_dir():
             if not (path / CONFIG_NAME).exists() and any(path.glob(f"*/{CONFIG_NAME}")):
                 raise NotFoundError(f"{source} is a folder of adapters, not one.", hint=f"lora-merge … '{path}/*'")
@@ -69,16 +69,21 @@ class LocalRoom:
 
 def is_folder(source: str) -> bool:
     """Whether `source` names a folder here, or a glob matches one."""
-    path = Path(source).expanduser()
+    path = _path(source)
     return path.is_dir() or any(Path(match).is_dir() for match in glob.iglob(str(path), recursive=True))
 
 
 def folders_named(sources: Sequence[str | Path]) -> Iterator[Path]:
     """What `sources` name on this machine: folders, files, and what globs match and do not leave out."""
     for source in sources:
-        path = Path(str(source).removeprefix("file://")).expanduser()
+        path = _path(str(source).removeprefix("file://"))
         matches = map(Path, glob.iglob(str(path), recursive=True))
         yield from [path] if path.exists() else (match for match in matches if not _marks(match))
+
+
+def _path(source: str) -> Path:
+    """What is called so here; else with `~` as the home that it means, which no shell puts into a quoted pattern."""
+    return Path(source if os.path.exists(source) else os.path.expanduser(source))
 
 
 def _stat(path: Path) -> os.stat_result | None:

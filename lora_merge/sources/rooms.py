@@ -55,8 +55,11 @@ class Rooms:
         rooms = [vars(self)[name] for name in ("_local", "_filesystem", "_hub") if name in vars(self)]
         return sorted({note for room in rooms for note in room.notes})
 
-    def expand(self, sources: Sequence[str | Path]) -> list[AdapterRef]:
+    def expand(self, sources: Sequence[str | Path], *, once: bool = True) -> list[AdapterRef]:
         """Every adapter that the sources name, pinned, in their order.
+
+        Args:
+            once: see to it that none is named twice; whoever leaves some out first calls `require_once` thereafter.
 
         Raises:
             NotFoundError: a source names nothing.
@@ -69,7 +72,8 @@ class Rooms:
         except (NetworkError, NotFoundError) as error:  # whoever mistyped a folder should not look for it on the Hub
             raise self._other_reading(named, error) from error
         refs = [ref for each in found for ref in each]
-        _refuse_twice(refs)
+        if once:
+            require_once(refs)
         return _with_short_names(refs)
 
     def examine(self, refs: Sequence[AdapterRef], refused: Refused[AdapterRef] | None = None) -> list[Candidate]:
@@ -206,17 +210,28 @@ def _is_web_address(text: str) -> bool:
     return is_web_address(text)
 
 
-def _refuse_twice(refs: Sequence[AdapterRef]) -> None:
+def require_once(refs: Sequence[AdapterRef]) -> None:
+    """Raise `UsageError` where two are one adapter, be it by another path: it would count twice."""
     found: dict[tuple[type, str], AdapterRef] = {}
     for ref in refs:
-        place = str(Path(ref.place).resolve()) if isinstance(ref.room, LocalRoom) else ref.place
-        if (first := found.setdefault((type(ref.room), place), ref)) is not ref:
+        if (first := found.setdefault((type(ref.room), _real_place(ref)), ref)) is not ref:
             also = f", as {first.place} too" if first.place != ref.place else ""
             raise UsageError(one_line(f"{ref.place} is given twice{also}."))
 
 
+def _real_place(ref: AdapterRef) -> str:
+    return str(Path(ref.place).resolve()) if isinstance(ref.room, LocalRoom) else ref.place
+
+
 def _with_short_names(refs: Sequence[AdapterRef]) -> list[AdapterRef]:
-    """Folders by as much of their paths as tells them apart."""
-    folders = [Path(ref.place) for ref in refs if isinstance(ref.room, LocalRoom)]
-    names = dict(zip(map(str, folders), names_of(folders), strict=True))
-    return [replace(ref, source=names[ref.place]) if isinstance(ref.room, LocalRoom) else ref for ref in refs]
+    """Folders by as much of their paths as tells them apart; one that has its name already, by its other path."""
+    first: dict[str, AdapterRef] = {}
+    for ref in refs:
+        if isinstance(ref.room, LocalRoom):
+            first.setdefault(_real_place(ref), ref)
+    places = [ref.place for ref in first.values()]
+    names = dict(zip(places, names_of([Path(place) for place in places]), strict=True))
+    return [
+        replace(ref, source=names.get(ref.place, one_line(ref.place))) if isinstance(ref.room, LocalRoom) else ref
+        for ref in refs
+    ]

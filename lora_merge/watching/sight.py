@@ -59,7 +59,7 @@ def place_of(onto: str | Path) -> Place:
     with open_rooms() as rooms:
         kind = rooms.kind(onto)
         if kind == "folder":
-            return Place(str(Path(onto).expanduser().resolve()), on_hub=False)
+            return Place(str(Path(onto).resolve()), on_hub=False)
     repo = str(onto).removeprefix("hf://").removeprefix("models/")
     if kind != "repository" or "@" in repo:
         raise UsageError(f"--onto takes a folder or a repository, as it is now; {onto} is neither.")

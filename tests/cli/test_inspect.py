@@ -186,8 +186,51 @@ def test_nothing_there_is_not_found_and_what_there_is_is_named(lora_merge: Run, 
 
 @pytest.mark.usefixtures("four")
 def test_ids_may_come_from_standard_input(lora_merge: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("# ours\nb\n\n  c\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("# ours\nb\n\nc"))
     assert lora_merge("inspect", "a", "-", "-q")[:2] == (0, "a\nb\nc\n")
+    monkeypatch.setattr("sys.stdin", None)  # as of `lora-merge inspect - <&-`
+    assert lora_merge("inspect", "-")[::2] == (2, "error: Standard input is closed, and - reads sources from it.\n")
+
+
+NAMES = ["#hash", " ", " b", "trail ", "~tilde", "~root", "-", "*star", "a b", "né", "x@main", "hf:"]
+
+
+def test_quiet_prints_every_printable_name_as_standard_input_takes_it(
+    lora_merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(NAMES):
+        client(tmp_path / name, seed=seed, num_examples=None)
+    code, out, _ = lora_merge("inspect", "./*", "-q")
+    assert (code, len(out.splitlines())) == (0, len(NAMES))
+    monkeypatch.setattr("sys.stdin", io.StringIO(out))
+    assert lora_merge("inspect", "-", "-q")[:2] == (0, out)
+
+
+@pytest.mark.parametrize("command", ["check", "inspect", "verify", "export"])
+def test_a_tilde_that_names_nobody_is_a_name_like_any_other(command: str, lora_merge: Run, tmp_path: Path) -> None:
+    more = ("--base", "~nosuch/base", "-o", "out") if command == "export" else ()
+    assert lora_merge(command, "~nosuch/x", *more)[0] == 4
+    client(tmp_path / "~nosuch" / "x")
+    assert lora_merge(command, "~nosuch/x", *more)[0] == {"check": 0, "inspect": 0}.get(command, 4)
+
+
+def test_a_quoted_pattern_may_begin_with_the_home(
+    lora_merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    client(tmp_path / "home" / "a")
+    assert lora_merge("inspect", "~/*", "-q")[:2] == (0, f"{tmp_path / 'home' / 'a'}\n")
+
+
+@pytest.mark.usefixtures("four")
+def test_another_path_of_an_adapter_may_be_excluded(lora_merge: Run, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to("b")
+    code, _, err = lora_merge("inspect", "./*")
+    assert (code, err) == (2, "error: linked is given twice, as b too.\n")
+    assert lora_merge("inspect", "./*", "--exclude", "linked", "-q")[:2] == (0, "a\nb\nc\nd\n")
+    made = lora_merge("aggregate", "./*", "--exclude", "linked", "-o", "global", "--json")[1]
+    assert [each["source"] for each in json.loads(made)["contributions"]] == list("abcd")
+    assert [each["source"] for each in json.loads(made)["left_out"]] == ["linked"]
 
 
 @pytest.mark.usefixtures("four")

@@ -212,3 +212,17 @@ def test_every_command_reports_in_all_three_ways_and_its_help_is_whole(path: tup
     assert f"Example: lora-merge {' '.join(path)}" in " ".join(out.split())
     assert "env var" not in out
     assert "<bool>" not in out
+
+
+def test_a_file_nested_deeper_than_can_be_read_is_exit_2(here: Path, lora_merge: Run) -> None:
+    (here / "lora-merge.toml").write_text(f"[aggregate]\nrank = {'[' * 5000}{']' * 5000}\n")
+    assert lora_merge("recipes", "list")[::2] == (2, "error: lora-merge.toml is nested too deeply.\n")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999", "http://[::1", "http://", "huggingface.co", "ftp://x"])
+def test_an_address_of_the_hub_that_is_none_is_named(
+    address: str, lora_merge: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    code, _, err = lora_merge("inspect", "org/a")
+    assert (code, err.split(" must be ")[0]) == (2, "error: HF_ENDPOINT")

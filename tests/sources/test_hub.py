@@ -101,7 +101,7 @@ def test_a_collection_by_its_slug_and_by_its_address(hub: LocalHub, pull_once: P
 def test_hf_addresses_and_ids_on_standard_input(hub: LocalHub, pull_once: Puller) -> None:
     publish(hub, 4)
     hub.tag("org/client-1", "v1")
-    lines = f"# ours\nhf://org/client-0\n\n{hub.url}/org/client-1/tree/v1\n  org/client-2\n"
+    lines = f"# ours\nhf://org/client-0\n\n{hub.url}/org/client-1/tree/v1\norg/client-2\n"
     found = pull_once("-", "hf://models/org/client-3", "--dry-run", "--json", lines=lines).json
     assert [client["source"] for client in found["clients"]] == [f"org/client-{i}" for i in range(4)]
     assert pull_once("-", "-o", "global", lines="\n# none\n").code == 4
