@@ -3,10 +3,12 @@
 Importing the package is light; each public name loads what it needs when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # typing's takes 10 ms, in which a Ctrl-C would end the command line with a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from lora_merge.folding.onto import Fold as Fold
     from lora_merge.folding.onto import fold as fold
     from lora_merge.pipeline import Aggregation as Aggregation
@@ -24,6 +26,8 @@ __all__ = ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'lora_merge' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""The console script, also as `python -m lora_merge`: Ctrl-C ends it without a traceback, at whatever moment."""
+"""The console script, also as `python -m lora_merge`: Ctrl-C ends it without a traceback, at whatever moment.
+
+Before `main` begins Python itself would print one: so little is imported up to there, here and by the package.
+"""
 
 import os
 import signal

@@ -6,7 +6,7 @@ bytes for a QR than on one, and partial sums over clients other bytes for a mean
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
@@ -41,9 +41,11 @@ def over(
 
     When it raises, no task is running any more: what they write to may be closed.
     """
-    futures = [threads.submit(work, task) for task in tasks]
+    futures: list[Future[Result]] = []
     results = []
     try:
+        for task in tasks:
+            futures.append(threads.submit(work, task))
         for future in futures:
             results.append(future.result())
             if advance is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_merge.checkpoint.overwriting import Kind, require_outside_adapters, require_replaceable
 from lora_merge.errors import StorageError, UsageError
+from lora_merge.interrupts import in_one_piece
 
 _REPLACED = "replaced"
 
@@ -101,6 +102,7 @@ def require_writable(output: Path) -> None:
         raise StorageError(f"cannot write {output}: {parent} may not be written")
 
 
+@in_one_piece
 def work_folder(output: Path) -> tuple[Path, int]:
     """A new folder beside `output`, and the descriptor of the lock on it, to be held while this run lives."""
     parent = os.open(output.parent, os.O_RDONLY)
@@ -171,6 +173,7 @@ def _flush(folder: Path, umask: int) -> None:
                 os.close(descriptor)
 
 
+@in_one_piece
 def _replace(output: Path, work: Path) -> None:
     """Put `work` at `output`. What was there stays until it is replaced in one step; the caller removes it."""
     if not (output.is_dir() and any(output.iterdir())):

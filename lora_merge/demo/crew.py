@@ -55,8 +55,8 @@ class Crew:
             KeyboardInterrupt: all were ended.
         """
         with ThreadPoolExecutor(at_once) as pool:
-            futures = {pool.submit(self._run_one, step): step for step in steps}
             try:
+                futures = {pool.submit(self._run_one, step): step for step in steps}
                 return {futures[future].name: future.result() for future in as_completed(futures)}
             except BaseException:
                 self._stop()

@@ -71,9 +71,9 @@ def within(seconds: float, move: Callable[[], T]) -> T:
             failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)  # one that cannot be ended must not keep the process
-    thread.start()
     patience, until = session.patience(), time.monotonic() + seconds
     try:
+        thread.start()
         while thread.is_alive() and time.monotonic() < until and not patience.has_ended():
             thread.join(0.2)
     except KeyboardInterrupt:

@@ -234,10 +234,11 @@ def _interrupts(clock: _Clock, tell: Callable[[str], None]) -> Iterator[None]:
     def first(*_: Any) -> None:
         clock.interrupted = True
         tell("Interrupted: finishing this step and saving it. Ctrl-C again stops at once.")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
+    before = signal.getsignal(signal.SIGINT)
     try:
-        before = signal.signal(signal.SIGINT, first)
+        signal.signal(signal.SIGINT, first)
     except ValueError:  # not in the main thread: whoever runs us there has Ctrl-C
         yield
         return
