@@ -114,13 +114,9 @@ def test_a_core_beside_a_merge_that_has_none_is_refused(way: str, onto: Path, la
     assert digests(exact) == before
 
 
-@pytest.mark.parametrize("put", [lambda path: None, os.mkfifo, os.mkdir], ids=["nothing", "a pipe", "a folder"])
-def test_without_its_core_a_fold_is_still_verified_as_what_it_is(
-    put: Callable[[Path], object], onto: Path, late: Path
-) -> None:
+def test_without_its_core_a_fold_is_still_verified_as_what_it_is(onto: Path, late: Path) -> None:
     fold([late], onto, screening=SCREENING)
     (onto / CORE).unlink()
-    put(onto / CORE)
     assert verify(onto, [onto.parent / name for name in "abc"]).verdict == "identical"
 
 
@@ -144,3 +140,25 @@ def test_a_signature_of_the_lock_before_is_not_kept_in_silence(onto: Path, late:
     made = fold([write_client(late.parent / "d", 4, 24, 2)], onto, screening=SCREENING)
     assert any(warning.startswith("lora-merge.lock.sig was taken away") for warning in made.warnings)
     assert not signature.exists()
+
+
+@pytest.mark.parametrize(
+    "put", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("gone")], ids=["folder", "pipe", "link to nothing"]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_core_that_is_no_file_is_refused_by_its_name(
+    way: str, put: Callable[[Path], object], onto: Path, late: Path
+) -> None:
+    (onto / CORE).unlink()
+    put(onto / CORE)
+    with pytest.raises(RefusedError) as caught:
+        WAYS[way](onto, late)
+    assert {problem.field for problem in caught.value.problems} == {CORE}
+    assert {refusal.field for refusal in check(str(onto), Reading()).refusals} == {CORE}
+
+
+def test_a_pattern_leaves_out_a_merged_adapter_whose_record_links_to_nothing(onto: Path, late: Path) -> None:
+    (onto / "aggregation.json").unlink()
+    (onto / "aggregation.json").symlink_to("gone")
+    merged = aggregate([str(onto.parent / "*")], onto.parent / "out" / "merged", screening=SCREENING)
+    assert [each.source for each in merged.ledger.contributions] == ["a", "b", "c"]

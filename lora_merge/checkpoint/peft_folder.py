@@ -28,7 +28,8 @@ LEDGER_NAME = ledger.FILE_NAME
 LOCK_NAME = lock.FILE_NAME
 CORE_NAME = "aggregation_core.safetensors"  # what stands for the clients so far where a truncated mean is folded
 PICKLE_NAME = "adapter_model.bin"
-READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, LEDGER_NAME, LOCK_NAME, CORE_NAME)
+RECORD_NAMES = (LEDGER_NAME, LOCK_NAME, CORE_NAME)  # of a merge
+READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, *RECORD_NAMES)
 MAX_GLOBAL_R = 1 << 17  # that a config may name; how wide a merged adapter may be goes by its modules
 
 
@@ -76,10 +77,13 @@ def open_folder(folder: Path) -> PeftFolder:
     """
     if not os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
         raise NotFoundError(f"{folder} may not be read: permission denied.")
-    names = [name for name in (*READ_NAMES, PICKLE_NAME) if (folder / name).exists()]
+    names = [name for name in (*READ_NAMES, PICKLE_NAME) if os.path.lexists(folder / name)]
     if not names and (folder / "config.json").is_file():
         reason = "is that of a whole model, not of a LoRA adapter: a model is given as --base"
         raise FolderRefused([FileRefused("config.json", reason)])
+    if odd := [name for name in names if name in RECORD_NAMES and not (folder / name).is_file()]:
+        # Nothing below may need them, and whoever did not see them would take a merged adapter for a client's.
+        raise FolderRefused([FileRefused(name, "is not a regular file, nor a link to one") for name in odd])
     opened: list[SafetensorsFile] = []
     small: dict[str, str] = {}
 

@@ -81,11 +81,10 @@ def prepare(
             records = read_records(folder)
         written = dict(records)
         with refusals.noted():
-            weights = list(weights_files(folder))
-        with refusals.noted():
             ledger = _ledger(folder, records)
-        if ledger is not None:
-            with refusals.noted():
+        with refusals.noted():
+            weights = list(weights_files(folder))
+            if ledger is not None:
                 _require_intact(folder, ledger, records, weights)
         pinned = sorted({entry.source for entry in ledger.contributions if entry.commit}) if ledger else []
         place = Place(repo, LOCK_NAME in records, count_private(pinned) if pinned else None)

@@ -99,7 +99,7 @@ def _marks(folder: Path) -> list[str]:
 
 
 def _has(folder: Path, name: str) -> bool:
-    return (folder / name).exists()
+    return os.path.lexists(folder / name)
 
 
 def nor_a_folder(names: Sequence[str], error: NetworkError | NotFoundError) -> NetworkError | NotFoundError:

@@ -53,6 +53,9 @@ def files() -> Iterator[tuple[str, Spoil]]:
     yield "config that links to nothing", replaced(CONFIG, lambda path: path.symlink_to("gone"), CONFIG)
     yield "config that is a device", replaced(CONFIG, lambda path: path.symlink_to("/dev/zero"), CONFIG)
     yield "weights that are a device", replaced(WEIGHTS, lambda path: path.symlink_to("/dev/zero"), WEIGHTS)
+    for name in ("aggregation.json", "lora-merge.lock", "aggregation_core.safetensors"):
+        yield f"{name} that is a folder", Spoil(lambda folder, name=name: (folder / name).mkdir(), name)
+        yield f"{name} that links to nothing", Spoil(lambda folder, name=name: (folder / name).symlink_to("gone"), name)
 
 
 def configs() -> Iterator[tuple[str, Spoil]]:
