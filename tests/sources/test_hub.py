@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_merge.cli.forecast import UNJUDGED
 from lora_merge.pipeline import aggregate
 from tests.conftest import digests
 from tests.hub.server import LocalHub
@@ -115,7 +116,8 @@ def test_a_folder_wins_over_a_repository_and_says_so(hub: LocalHub, pull_once: P
     ran = pull_once(*sources[:4], "--dry-run", "--json")
     assert [client["commit"] is None for client in ran.json["clients"]] == [True, False, True, True]
     ran = pull_once(*sources[:4], "--dry-run")
-    assert ran.err == "Folders here, read from this machine: org/client-0. Of the Hub: hf://org/client-0\n"
+    here = "Folders here, read from this machine: org/client-0. Of the Hub: hf://org/client-0"
+    assert ran.err == f"{here}\n{UNJUDGED}\n"
     assert pull_once(*sources[:4], "--dry-run", "-q").err == ""
     assert "machine: org/client-0, org/client-3. " in pull_once("org/client-0", "org/client-3", "--dry-run").err
     assert pull_once("hf://org/client-1", sources[2], sources[4], "--dry-run").err == "", "no repository is called so"
@@ -165,7 +167,7 @@ def test_only_the_files_that_a_merge_reads_are_downloaded(hub: LocalHub, pull: P
 def test_a_dry_run_prints_the_plan_and_writes_nothing(hub: LocalHub, pull_once: Puller) -> None:
     commits = publish(hub, 2)
     ran = pull_once("org/client-*", "--dry-run")
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.err) == (0, f"{UNJUDGED}\n")
     rows = [re.split(r"\s{2,}", line) for line in ran.out.splitlines()]
     assert sum(map(len, adapter("org/client-0").values())) == 1604
     assert rows[1] == ["org/client-0"] * 2 + [commits["org/client-0"], "10", "10", "33.3%", "1.6 kB", "1.6 kB"]
