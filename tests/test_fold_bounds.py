@@ -122,17 +122,6 @@ def test_naming_all_who_are_in_makes_good_what_a_fold_without_a_core_lost(tmp_pa
     assert plan(folders, onto, screening=None).again is None
 
 
-def test_a_bound_that_was_lost_comes_back_once_all_who_are_in_are_named(tmp_path: Path) -> None:
-    folders, onto = clients(tmp_path, 5), tmp_path / "global"
-    for folder in folders:
-        fold([folder], onto, method="fedavg", screening=None)
-    assert bound_of(onto) == math.inf
-    assert not fold(folders[1:], onto, screening=None).changed
-    assert fold(folders, onto, screening=None).again == "its certificate was no guarantee"
-    assert bound_of(onto) < math.inf
-    assert not fold(folders, onto, screening=None).changed
-
-
 def test_a_lora_a_that_all_share_with_files_gone_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     folders, onto = clients(tmp_path, 3, drift=0.0), tmp_path / "global"
     aggregate(folders[:2], onto, screening=None)
