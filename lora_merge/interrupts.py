@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn, TypeVar
 
 SECONDS_BETWEEN_LOOKS = 0.02
-PRESSES = 3  # the last of them ends the process whatever it is in
+PRESSES, SECONDS_TO_END = 3, 1.0  # that many end the process whatever it is in; but a key held down is not many
 # What is left to end, however deep inside it the main thread stands: broken there, a pool would keep the lock that its
 # threads wait for, an import of numpy or torch would drop the interrupt, and whoever calls a finalizer does.
 WHOLE = {"importlib._bootstrap", "_frozen_importlib", "weakref", "_weakrefset", "logging", "concurrent.futures.thread"}
@@ -39,18 +40,18 @@ def keyboard_interrupts() -> Iterator[None]:
     """KeyboardInterrupt for whatever an interrupt ends in, once it can be raised; it is not lost.
 
     Where it cannot be raised, a timer looks again until it can; and where whoever it was raised in has dropped it, as
-    bare excepts and finalizers do, it is raised again. The third Ctrl-C ends the process.
+    bare excepts and finalizers do, it is raised again. From the third on, a Ctrl-C ends the process.
     """
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield
         return
-    presses, over = 0, False
+    over = False
+    presses: list[float] = []
 
     def look(number: int, frame: FrameType | None) -> None:
-        nonlocal presses
         if number == signal.SIGINT:
-            presses += 1
-            if presses == PRESSES:
+            presses.append(time.monotonic())
+            if len(presses) >= PRESSES and presses[-1] - presses[0] > SECONDS_TO_END:
                 _end_at_once()
             if not over:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LOOKS)
@@ -108,5 +109,5 @@ def _end_at_once() -> NoReturn:
     """End where two interrupts did not help: a thread hangs, or takes long to end."""
     with suppress(OSError):
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which a progress bar has hidden
-        os.write(2, show_cursor + b"error: Ended by the third Ctrl-C; what it leaves is removed by the next run.\n")
+        os.write(2, show_cursor + b"error: Ended at once; what is half-written is removed by the next run.\n")
     os._exit(130)

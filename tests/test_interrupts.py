@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,6 @@ def test_what_is_being_removed_is_removed(again: bool, tmp_path: Path, monkeypat
             if again:
                 press()
         finally:
-            monkeypatch.setattr("lora_merge.interrupts.PRESSES", 9)
             shutil.rmtree(tmp_path / "folder", ignore_errors=True)
             time.sleep(0.2)
     assert list(tmp_path.iterdir()) == []
@@ -331,15 +330,28 @@ def test_a_pool_that_is_given_work_is_not_left_with_its_lock_taken(inside: str, 
     assert end.stderr == "error: Interrupted; nothing half-written was left.\n"
 
 
+def test_a_key_that_is_held_down_leaves_time_for_the_clean_up() -> None:
+    cleaned = []
+    with ends_soon():
+        try:
+            press()
+        finally:
+            for _ in range(20):
+                with suppress(KeyboardInterrupt):
+                    press()
+            cleaned.append(True)
+    assert cleaned == [True]
+
+
 def test_the_third_ctrl_c_ends_what_hangs() -> None:
     end = ran(
         "def pressing():",
-        "    for _ in range(3): time.sleep(0.3); os.kill(os.getpid(), signal.SIGINT)",
+        "    for _ in range(3): time.sleep(0.6); os.kill(os.getpid(), signal.SIGINT)",
         "threading.Thread(target=pressing).start()",
         "for_each(time.sleep, [25], str, interrupt=lambda: None)",
     )
     assert (end.returncode, end.stdout) == (130, "")
-    assert end.stderr == "error: Ended by the third Ctrl-C; what it leaves is removed by the next run.\n"
+    assert end.stderr == "error: Ended at once; what is half-written is removed by the next run.\n"
 
 
 def test_a_ctrl_c_that_an_import_swallows_is_not_lost(tmp_path: Path) -> None:
