@@ -3,8 +3,6 @@
 Importing the package is light; each public name loads what it needs when it is first used.
 """
 
-from __future__ import annotations
-
 TYPE_CHECKING = False  # typing's takes 10 ms, in which a Ctrl-C would end the command line with a traceback
 if TYPE_CHECKING:
     from typing import Any
@@ -25,7 +23,7 @@ _PUBLIC = {
 __all__ = ["Aggregation", "Fold", "__version__", "aggregate", "fold"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
     if name in _PUBLIC:
