@@ -66,7 +66,7 @@ def paths_in(contributions: Iterable[Contribution]) -> list[str]:
 
 def is_untold(contribution: Contribution) -> bool:
     """Whether a base model's path was left out of the claims."""
-    return bool(contribution.claims) and (contribution.claims or {}).get(_BASE) == UNTOLD
+    return (contribution.claims or {}).get(_BASE) == UNTOLD
 
 
 def _is_path(claims: Mapping[str, Any]) -> bool:

@@ -106,17 +106,17 @@ def verify(
                     workers=workers,
                     reading=reading,
                 )
-                hashes = {each.client_id: each.files for each in read_lock(again / LOCK_NAME).inputs}
+                made = read_lock(again / LOCK_NAME)
             except RefusedError as error:
                 hashes = {client: _hashes(rooms, reading, each) for client, each in inputs.items()}
                 if not (reasons := _other_inputs(lock, hashes)):
                     raise RefusedError(error.problems, hint=AS_LOCKED) from error
             else:
-                reasons = _other_inputs(lock, hashes)
+                reasons = _other_inputs(lock, {each.client_id: each.files for each in made.inputs})
             if reasons:
                 return Verification(str(target), "different", reasons, inputs=len(lock.inputs), surplus=surplus)
             found = _compared(str(target), folder, published, again, lock, device)
-            untrue = _untruths(again, lock, ledger)
+            untrue = _untruths(again, made, lock, ledger)
             verdict: Verdict = "different" if untrue else found.verdict
             return replace(found, verdict=verdict, reasons=(*found.reasons, *untrue), surplus=surplus)
 
@@ -134,9 +134,9 @@ def _measured_as(ledger: Ledger | None) -> CertificateMode | None:
     return "probes" if ledger.certificate.measured_by == "probes" else None
 
 
-def _untruths(again: Path, lock: Lock, ledger: Ledger | None) -> list[str]:
+def _untruths(again: Path, made: Lock, lock: Lock, ledger: Ledger | None) -> list[str]:
     """What the records say that is not so."""
-    found = lock_untruths(lock, read_lock(again / LOCK_NAME))
+    found = lock_untruths(lock, made)
     return found + (ledger_untruths(ledger, ledger_in(again, str(again)), lock) if ledger else [])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
+from lora_merge.checkpoint.safetensors_file import is_finite
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Misfit(ValueError):
     """A tensor of the base model has not the shape that the adapters need, so they were trained from another one."""
 
     def __init__(self, name: str, stored: Sequence[int], needed: str) -> None:
-        super().__init__(f"needs {needed}, and the base model's {name} is {_shown(stored)}")
+        super().__init__(f"needs {needed}, and the base model's {name} is {shape_text(stored)}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class BaseModel:
         """The tensor `name`, fp32."""
         stored = self._slice(name)
         if tuple(stored.get_shape()) != shape:
-            raise Misfit(name, stored.get_shape(), _shown(shape))
+            raise Misfit(name, stored.get_shape(), shape_text(shape))
         return _finite(name, stored[:])
 
     def row(self, name: str, index: int, d: int) -> "Tensor":
@@ -81,7 +82,7 @@ class BaseModel:
                 hint="Put the base model's config.json beside its weights.",
             )
         if shape != ((columns, rows) if transposed else (rows, columns)):
-            raise Misfit(f"{module}.weight", shape, _shown((rows, columns)))
+            raise Misfit(f"{module}.weight", shape, shape_text((rows, columns)))
         tensor = _finite(f"{module}.weight", stored[:])
         return tensor.mT if transposed else tensor
 
@@ -173,10 +174,11 @@ def _finite(name: str, stored: "Tensor") -> "Tensor":
     import torch
 
     tensor = stored.to(torch.float32)
-    if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise RefusedError([Problem("the base model", name, "holds NaN or infinity")])
     return tensor
 
 
-def _shown(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
+    """`16x32`."""
     return "x".join(map(str, shape))

@@ -6,10 +6,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from lora_merge.checkpoint.peft_folder import LEDGER_NAME, ledger_of
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, read_ledger
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.errors import UsageError
-from lora_merge.ledger import MAX_BYTES
 
 Kind: TypeAlias = Literal["merged", "client", "model", "rows"]
 
@@ -52,7 +51,7 @@ def require_replaceable(output: Path, kind: Kind, option: str = "--output") -> N
         why = f"holds {min(strangers)}, which is no file of one"
     elif lacking:
         why = f"holds no {' and no '.join(lacking)}"
-    elif kind == "merged" and (malformed := _malformed(output / LEDGER_NAME)):
+    elif kind == "merged" and (malformed := _malformed(output)):
         why = f"holds {malformed}"
     else:
         return
@@ -87,14 +86,10 @@ def require_apart(output: Path, inputs: Iterable[Path], option: str = "--output"
             raise UsageError(f"{option} {output} {relation} the input {path}.", hint=hint)
 
 
-def _malformed(ledger: Path) -> str:
+def _malformed(folder: Path) -> str:
     """What is wrong with the record that makes an adapter a merged one; nothing where it can be read."""
-    with ledger.open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
     try:
-        if len(text) > MAX_BYTES:
-            raise FileRefused(LEDGER_NAME, f"is larger than {MAX_BYTES} bytes")
-        ledger_of(text)
+        read_ledger(folder)
     except FileRefused as error:
         return f"{error.field}: {error.reason}"
     return ""

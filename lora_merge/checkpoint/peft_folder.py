@@ -162,6 +162,19 @@ class FolderRefused(ValueError):
         return [Problem(client, reason.field, reason.reason) for reason in self.reasons]
 
 
+def read_ledger(folder: Path) -> ledger.Ledger:
+    """The ledger in `folder`, strictly read, and no more of it than a ledger may have.
+
+    Raises:
+        FileRefused: it is too large or malformed.
+    """
+    with (folder / LEDGER_NAME).open("rb") as file:
+        text = file.read(ledger.MAX_BYTES + 1)
+    if len(text) > ledger.MAX_BYTES:
+        raise FileRefused(f"{LEDGER_NAME}, file", f"is larger than {ledger.MAX_BYTES} bytes")
+    return ledger_of(text)
+
+
 @lru_cache(maxsize=1)  # it is asked for more than once while an arrival is brought in, and may name thousands
 def ledger_of(text: bytes) -> ledger.Ledger:
     """The ledger whose file holds `text`, strictly read.

@@ -24,6 +24,7 @@ from lora_merge.checkpoint.layout import (
     stored_shapes,
     to_stored,
 )
+from lora_merge.checkpoint.safetensors_file import is_finite
 from lora_merge.checkpoint.writer import SafetensorsWriter
 from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
@@ -186,7 +187,7 @@ def _completed(merged: Factors, spec: FactorsSpec) -> Factors:
 def _write(writer: SafetensorsWriter, name: str, tensor: Tensor, dtype: str) -> Tensor:
     """Write a tensor in the file's type; returns what was written, as fp32 where the tensor was."""
     cast = tensor.to("cpu", DTYPES[dtype][1])
-    if not torch.isfinite(cast.float().sum()) and not torch.isfinite(cast).all():
+    if not is_finite(cast.float()):
         hint = "" if dtype == "fp32" else "Write it with --dtype fp32."
         raise RefusedError([Problem(ALL_CLIENTS, name, f"their mean does not fit into {dtype}")], hint=hint)
     writer.write(name, cast)

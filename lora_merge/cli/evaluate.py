@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,7 +211,8 @@ def _losses(models: list[dict[str, Any]]) -> "Table":
         style = "bold" if model["kind"] == "global" else "italic" if model["kind"] == "mean of locals" else None
         loss, perplexity, gain = model["loss"], model["perplexity"], model["gain_over_base"]
         digits = 1 if perplexity["value"] < 100 else 0
-        cells = (_cell(loss, 3, 2), _cell(perplexity, digits, digits), _cell(gain, 3, 2) if gain else "")
+        gained = with_interval(gain, 3, 2) if gain else ""
+        cells = (with_interval(loss, 3, 2), with_interval(perplexity, digits, digits), gained)
         table.add_row(plain(model["name"]), *cells, style=style)
     return table
 
@@ -219,13 +221,13 @@ def verdict(model: dict[str, Any]) -> str:
     """Whether a global model was worth it, in one sentence."""
     gain = model["gain_over_mean_of_locals"]
     if not round(gain["value"], 3):
-        return f"{model['name']} equals the mean of the locals: {_cell(gain, 3, 3)}."
+        return f"{model['name']} equals the mean of the locals: {with_interval(gain, 3, 3)}."
     word = "beats"
     if gain["value"] < 0:
         word = "falls short of"
         gain = {"value": -gain["value"], "low": -gain["high"], "high": -gain["low"]}
     doubt = "" if gain["low"] > 0 else ", which may be chance"
-    return f"{model['name']} {word} the mean of the locals by {_cell(gain, 3, 3)}{doubt}."
+    return f"{model['name']} {word} the mean of the locals by {with_interval(gain, 3, 3)}{doubt}."
 
 
 def _answers(answers: dict[str, str]) -> "Table":
@@ -246,7 +248,8 @@ def _numbers(estimate: "Estimate | None") -> dict[str, float] | None:
     return {"value": estimate.value, "low": estimate.interval.low, "high": estimate.interval.high}
 
 
-def _cell(numbers: dict[str, float], digits: int, interval_digits: int) -> str:
+def with_interval(numbers: Mapping[str, float], digits: int, interval_digits: int) -> str:
+    """A value and its 95 % interval: `2.482 [2.24, 2.73]`."""
     value, low, high = numbers["value"], numbers["low"], numbers["high"]
     return f"{_fixed(value, digits)} [{_fixed(low, interval_digits)}, {_fixed(high, interval_digits)}]"
 

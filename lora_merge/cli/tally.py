@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_merge.cli.evaluate import with_interval
 from lora_merge.cli.output import Output, plain
 from lora_merge.errors import one_line
 
@@ -185,8 +186,8 @@ def _line(tally: Tally, client: str, what: str, examples: int | None, score: Map
             "arrived": one_line(client),
             "": what,
             "examples": "" if examples is None else f"{examples:,}",
-            "loss, nats a token": _cell(score.get("loss"), 3, 2),
-            "perplexity": _cell(score.get("perplexity"), 2, 2),
+            "loss, nats a token": _cell(score.get("loss"), 3),
+            "perplexity": _cell(score.get("perplexity"), 2),
             "commit": (tally.commit or "")[:12],
         }
     )
@@ -200,11 +201,8 @@ def _refusal(event: "Refusal", tally: Tally) -> list[str]:
     return textwrap.wrap(f"{head}  {said}", tally.columns.room, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _cell(numbers: Mapping[str, float] | None, digits: int, interval_digits: int) -> str:
-    if not numbers:
-        return ""
-    low, high = (f"{numbers[name]:.{interval_digits}f}" for name in ("low", "high"))
-    return f"{numbers['value']:.{digits}f} [{low}, {high}]"
+def _cell(numbers: Mapping[str, float] | None, digits: int) -> str:
+    return with_interval(numbers, digits, 2) if numbers else ""
 
 
 def end(out: Output, tally: Tally, stopped: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lora_merge.adapter import FactorsSpec, FullSpec, Spec
+from lora_merge.checkpoint.base_model import shape_text
 from lora_merge.checkpoint.federation import base_name
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.errors import Problem, RefusedError
@@ -68,7 +69,7 @@ def _misfits(model: Any, found: FoundBase, adapter: PeftFolder) -> Iterator[Prob
         if shape is not None:
             needed, fits = _needed(spec, shape)
             if not fits:
-                yield Problem(str(adapter.folder), name, f"needs {needed}, and the base model has {_shown(shape)}")
+                yield Problem(str(adapter.folder), name, f"needs {needed}, and the base model has {shape_text(shape)}")
         elif tensor.rpartition(".")[0] not in modules:
             absent.append(name)
     if absent and not _finds_places(skeleton(found), adapter):
@@ -87,14 +88,10 @@ def _finds_places(model: Any, adapter: PeftFolder) -> bool:
 def _needed(spec: Spec, shape: tuple[int, ...]) -> tuple[str, bool]:
     """The shape that an update needs of the base, and whether the base's is that."""
     if isinstance(spec, FullSpec):
-        return _shown(spec.shape), spec.shape == shape
+        return shape_text(spec.shape), spec.shape == shape
     if isinstance(spec, FactorsSpec):
         pair = (spec.d_out, spec.d_in)
         # Embeddings and Conv1D are stored transposed; of convolutions and experts, PEFT knows more than the shape does.
-        return _shown(pair), shape in (pair, pair[::-1]) or len(shape) != 2 or spec.blocks > 1
+        return shape_text(pair), shape in (pair, pair[::-1]) or len(shape) != 2 or spec.blocks > 1
     rows = max(spec.indices, default=-1) + 1
     return f"{rows} rows of {spec.d} numbers", len(shape) == 2 and rows <= shape[0] and spec.d == shape[1]
-
-
-def _shown(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

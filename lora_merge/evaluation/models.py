@@ -12,7 +12,7 @@ import torch
 
 from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
-from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, ledger_of, open_folder
+from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder, read_ledger
 from lora_merge.checkpoint.safetensors_file import FileRefused
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.errors import Problem, RefusedError
@@ -57,7 +57,7 @@ def record_in(folder: Path) -> Ledger | None:
     if not is_global(folder):
         return None
     try:
-        return ledger_of((folder / LEDGER_NAME).read_bytes())
+        return read_ledger(folder)
     except FileRefused as error:
         raise RefusedError([Problem(str(folder), error.field, error.reason)]) from error
 

@@ -19,8 +19,8 @@ from lora_merge.checkpoint.peft_folder import (
     FolderRefused,
     PeftFolder,
     file_sha256,
-    ledger_of,
     open_folder,
+    read_ledger,
 )
 from lora_merge.checkpoint.planned import DTYPES
 from lora_merge.checkpoint.safetensors_file import FileRefused
@@ -28,7 +28,7 @@ from lora_merge.checkpoint.stacks import Stacks
 from lora_merge.errors import Problem, RefusedError
 from lora_merge.kept import ClaimsError, descriptions_of, ranks_in, ranks_of
 from lora_merge.ledger import FILE_NAME as LEDGER_NAME
-from lora_merge.ledger import MAX_BYTES, Contribution, Ledger
+from lora_merge.ledger import Contribution, Ledger
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import Lock
 from lora_merge.locking import read_lock
@@ -134,11 +134,7 @@ def ledger_in(folder: Path, place: str) -> Ledger:
             reason = "is not there, so this is no global adapter, but at best a client's own"
             hint = "`lora-merge aggregate SOURCES --output GLOBAL` makes one; clients' adapters are the SOURCES."
             raise RefusedError([Problem(place, LEDGER_NAME, reason)], hint=hint)
-        with (folder / LEDGER_NAME).open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise FileRefused(f"{LEDGER_NAME}, file", f"is larger than {MAX_BYTES} bytes")
-        return ledger_of(text)
+        return read_ledger(folder)
     except FileRefused as error:
         raise RefusedError([Problem(place, error.field, error.reason)]) from error
 

@@ -53,7 +53,7 @@ def fold(
 
     An update that is in at the same commit (without commits: with the same files) is nothing new; at another commit it
     takes the old one's place. For `exact` the bytes are those of one merge of the same clients. A truncated mean
-    without a core, or a mean without a bound, is merged again where the sources name all who are in it.
+    without a core is merged again where the sources name all who are in it.
 
     Args:
         onto: a folder, or a repository of the Hub. Options that are None are as it was made with; others must be so.
