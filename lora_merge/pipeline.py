@@ -17,9 +17,10 @@ from lora_merge.checkpoint import merge
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.merge import Merged
 from lora_merge.checkpoint.overwriting import require_apart
 from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolder
-from lora_merge.checkpoint.planned import CertificateMode, Measured, Merge, Settings
+from lora_merge.checkpoint.planned import CertificateMode, Settings
 from lora_merge.defence import Defended, defended, with_defence
 from lora_merge.environment import device_named
 from lora_merge.errors import RefusedError, StorageError
@@ -139,19 +140,20 @@ def aggregate(
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
             run = partial(merge_defended, federation, settings, robust, work / WEIGHTS_NAME, threads, progress)
-            merged = None if locked else run()
+            done = None if locked else run()
             contributions = contributions_of(inputs, federation, hashes)
             record = lock_of(federation, inputs.clients, settings, inputs.weighting, contributions, robust)
             if locked and known is not None:
                 require_unchanged(known, record)
-            defence, merges, measured = merged or run()
+            defence, merged = done or run()
             sha256, judge = weights_hashes(contributions), not robust.defends
             found = findings(inputs.sketched, sha256, screening or SCREENED, federation=federation, judge_norms=judge)
-            ledger = with_findings(ledger_of(federation, record, contributions, measured, settings), inputs, found)
-            ledger = with_defence(ledger, defence, measured)
-            if core:
-                write_core(federation, settings.options, work / CORE_NAME, None, threads)
-            ledger = write_records(work, ledger, record, inputs.clients, merges)
+            ledger = with_findings(
+                ledger_of(federation, record, contributions, merged.measured, settings), inputs, found
+            )
+            ledger = with_defence(ledger, defence, merged.measured)
+            of_core = write_core(federation, settings.options, work / CORE_NAME, None, threads) if core else None
+            ledger = write_records(work, ledger, record, inputs.clients, merged, of_core)
             require_same_files(inputs.clients)
         if writes:
             write_lock(record, lock_path)
@@ -168,20 +170,20 @@ def merge_defended(
     path: Path,
     threads: ThreadPoolExecutor,
     progress: Progress,
-) -> tuple[Defended, list[Merge], list[Measured]]:
+) -> tuple[Defended, Merged]:
     """Weigh the clients by the robust rule, if there is one, and merge every module into the file `path`."""
     defence = defended(federation, settings, robust, threads, progress)
-    return defence, *merge_modules(defence.federation, defence.settings, path, threads, progress)
+    return defence, merge_modules(defence.federation, defence.settings, path, threads, progress)
 
 
 def merge_modules(
     federation: Federation, settings: Settings, path: Path, threads: ThreadPoolExecutor, progress: Progress
-) -> tuple[list[Merge], list[Measured]]:
+) -> Merged:
     """Merge every module into the file `path`; raises `RefusedError` with every tensor that is refused."""
     try:
         merges = merge.plan(federation, settings, threads)
         with progress("Merging", len(merges), "modules") as advance:
-            return merges, merge.write(merges, settings, path, threads, advance)
+            return merge.write(merges, settings, path, threads, advance)
     except RefusedError as error:
         # One tensor was refused; before saying so, look at all the others too.
         raise RefusedError([*error.problems, *merge.value_problems(federation, threads)], hint=error.hint) from None

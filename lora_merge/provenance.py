@@ -5,7 +5,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from lora_merge.aggregation.robust import Robust
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.card.card import global_card
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.intact import own_hashes, settled
 from lora_merge.checkpoint.layout import TOKEN_SUFFIX
-from lora_merge.checkpoint.peft_folder import CONFIG_NAME, WEIGHTS_NAME, Description
-from lora_merge.checkpoint.planned import FactorsMerge, FullMerge, Measured, Merge, Settings, TokensMerge
+from lora_merge.checkpoint.merge import Merged
+from lora_merge.checkpoint.peft_folder import CONFIG_NAME, CORE_NAME, WEIGHTS_NAME, Description, file_sha256
+from lora_merge.checkpoint.planned import FactorsMerge, FullMerge, Measured, Settings, TokensMerge
 from lora_merge.checkpoint.writer import merged_config
 from lora_merge.environment import environment
 from lora_merge.intake import Accepted
@@ -100,7 +100,7 @@ def ledger_of(
     federation: Federation,
     lock: Lock,
     contributions: list[Contribution],
-    measured: list[Measured],
+    measured: Sequence[Measured],
     settings: Settings,
     parent: str | None = None,
 ) -> Ledger:
@@ -134,7 +134,7 @@ def with_findings(ledger: Ledger, inputs: Accepted, found: Findings) -> Ledger:
     )
 
 
-def _certificate(measured: list[Measured], settings: Settings) -> Certificate:
+def _certificate(measured: Sequence[Measured], settings: Settings) -> Certificate:
     errors = {module.name: module.error for module in measured if module.error is not None}
     if settings.certificate == "off":
         return Certificate("off")
@@ -156,22 +156,26 @@ def _as_json(errors: Iterable[SquaredError]) -> dict[str, float] | None:
 
 
 def write_records(
-    work: Path, ledger: Ledger, lock: Lock, clients: Mapping[str, Description], merges: list[Merge]
+    work: Path, ledger: Ledger, lock: Lock, clients: Mapping[str, Description], merge: Merged, of_core: str | None
 ) -> Ledger:
     """Write everything but weights and core: adapter_config.json, aggregation.json, lora-merge.lock, README.md.
 
-    The ledger comes back as it was written, with the hashes of the files beside it.
+    The ledger comes back as it was written, with the hashes of the files beside it; `of_core` is that of the core,
+    where there is one.
     """
     merged = [each for each in ledger.contributions if each.weight > 0 and each.merged_share != 0]
     configs = [clients[each.client_id].config for each in merged]
-    modules = {merge.module.name: merge.plan.spec for merge in merges if isinstance(merge, FactorsMerge)}
-    whole = [merge.name for merge in merges if isinstance(merge, FullMerge)]
+    modules = {each.module.name: each.plan.spec for each in merge.merges if isinstance(each, FactorsMerge)}
+    whole = [each.name for each in merge.merges if isinstance(each, FullMerge)]
     tokens = {
-        m.name.removesuffix(TOKEN_SUFFIX): m.federation.tokens(m.name) for m in merges if isinstance(m, TokensMerge)
+        each.name.removesuffix(TOKEN_SUFFIX): each.federation.tokens(each.name)
+        for each in merge.merges
+        if isinstance(each, TokensMerge)
     }
     config = merged_config(configs, modules, tokens, whole) | {"base_model_name_or_path": ledger.base_model}
     (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    ledger = replace(ledger, files=own_hashes(work, settled))
+    files = {CONFIG_NAME: file_sha256(work / CONFIG_NAME), WEIGHTS_NAME: merge.sha256}
+    ledger = replace(ledger, files=files | ({CORE_NAME: of_core} if of_core else {}))
     (work / LEDGER_NAME).write_text(ledger.to_json(), encoding="utf-8")
     (work / LOCK_NAME).write_text(lock.to_json(), encoding="utf-8")
     local = ledger.base_model is not None and is_local(ledger.base_model)

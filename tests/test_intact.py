@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_merge import aggregate
-from lora_merge.checkpoint import intact
-from lora_merge.checkpoint.intact import OWN_NAMES, own_hashes, settled
-from lora_merge.checkpoint.peft_folder import file_sha256
+from lora_merge.checkpoint.intact import OWN_NAMES, own_hashes
 from lora_merge.errors import RefusedError
 from lora_merge.folding.onto import fold, plan
 from lora_merge.inspection.check import check
@@ -118,17 +116,6 @@ def test_without_its_core_a_fold_is_still_verified_as_what_it_is(onto: Path, lat
     fold([late], onto, screening=SCREENING)
     (onto / CORE).unlink()
     assert verify(onto, [onto.parent / name for name in "abc"]).verdict == "identical"
-
-
-def test_a_large_file_is_made_durable_while_it_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[int] = []
-    monkeypatch.setattr(intact.os, "fsync", flushed.append)
-    (tmp_path / "large").write_bytes(b"a large file")
-    assert settled(tmp_path / "large") == file_sha256(tmp_path / "large")
-    assert not flushed
-    monkeypatch.setattr(intact, "LARGE", 12)
-    assert settled(tmp_path / "large") == file_sha256(tmp_path / "large")
-    assert len(flushed) == 1
 
 
 def test_a_signature_of_the_lock_before_is_not_kept_in_silence(onto: Path, late: Path) -> None:

@@ -76,8 +76,12 @@ def _check(file: SafetensorsFile, name: str, spec: FactorsSpec, rank: int) -> No
 
 def write_core(
     federation: Federation, options: Options, path: Path, before: StoredCore | None, threads: ThreadPoolExecutor
-) -> None:
-    """Write the core of all clients of `federation`, the first of which may stand for the core `before`."""
+) -> str:
+    """Write the core of all clients of `federation`, the first of which may stand for the core `before`.
+
+    Returns:
+        Its sha256, in hex.
+    """
     assert isinstance(options.rank, int)
     modules = [federation.module(name) for name in federation.factor_specs]
     shapes: dict[str, tuple[int, ...]] = {}
@@ -96,6 +100,7 @@ def write_core(
 
     try:
         over(threads, write, range(len(modules)))
+        return writer.sha256()
     except LinAlgError as error:
         reason = "a client's or the core's numbers are so large that their singular values cannot be computed"
         raise RefusedError([Problem(ALL_CLIENTS, CORE_NAME, reason)]) from error

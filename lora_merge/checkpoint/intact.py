@@ -4,9 +4,7 @@ That finds damage, and edits by hand. Whoever means to deceive writes the hashes
 nothing is lost by taking a ledger of before there were hashes as it is: its files are read as strictly as any.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_merge.checkpoint.peft_folder import CONFIG_NAME, CORE_NAME, LEDGER_NAME, WEIGHTS_NAME, file_sha256
@@ -14,23 +12,11 @@ from lora_merge.ledger import Ledger
 
 OWN_NAMES = (CONFIG_NAME, WEIGHTS_NAME, CORE_NAME)
 WAY_ON = "Take it from a sound copy (of a repository: download it again), or merge its clients anew."
-LARGE = 1 << 24  # bytes, from which on the disk takes long enough to be waited for beside the hashing
 
 
-def own_hashes(folder: Path, sha256: Callable[[Path], str] = file_sha256) -> dict[str, str]:
+def own_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of each of a merged adapter's own files, by name."""
-    return {name: sha256(folder / name) for name in OWN_NAMES if (folder / name).is_file()}
-
-
-def settled(path: Path) -> str:
-    """The sha256 of a file just written. The disk works meanwhile, as every file is made durable before it is named."""
-    if path.stat().st_size < LARGE:
-        return file_sha256(path)
-    with path.open("rb") as file, ThreadPoolExecutor(1) as disk:
-        flushed = disk.submit(os.fsync, file.fileno())
-        found = file_sha256(path)
-        flushed.result()
-        return found
+    return {name: file_sha256(folder / name) for name in OWN_NAMES if (folder / name).is_file()}
 
 
 def alterations(ledger: Ledger, found: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ The shape of every result is planned first, so that the file's header is known a
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,15 @@ from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 TOO_LARGE = "holds numbers so large that its singular values cannot be computed"
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has written: each module as it was planned and what was found of it, and the file's sha256."""
+
+    merges: Sequence[Merge]
+    measured: Sequence[Measured]
+    sha256: str
+
+
 def plan(federation: Federation, settings: Settings, threads: ThreadPoolExecutor) -> list[Merge]:
     """What will be written for each module.
 
@@ -39,8 +48,8 @@ def plan(federation: Federation, settings: Settings, threads: ThreadPoolExecutor
 
 def write(
     merges: Sequence[Merge], settings: Settings, path: Path, threads: ThreadPoolExecutor, advance: Advance | None
-) -> list[Measured]:
-    """Merge every module into the safetensors file `path`, and say what was found of each."""
+) -> Merged:
+    """Merge every module into the safetensors file `path`."""
     shapes = {name: shape for merge in merges for name, shape in merge.shapes.items()}
     writer = SafetensorsWriter(path, shapes, DTYPES[settings.dtype][0])
 
@@ -53,7 +62,8 @@ def write(
             raise RefusedError([Problem(ALL_CLIENTS, next(iter(merge.shapes)), TOO_LARGE)]) from error
 
     try:
-        return over(threads, run, merges, advance)
+        measured = over(threads, run, merges, advance)
+        return Merged(merges, measured, writer.sha256())
     finally:
         writer.close()
 

@@ -1,12 +1,14 @@
 """Writing a merged adapter: a safetensors file filled in any order, and the config that makes PEFT load it."""
 
+import hashlib
 import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.adapter import FactorsSpec
@@ -21,10 +23,15 @@ if TYPE_CHECKING:
 
 # Given more at once, Linux 6.18 looks for page-cache folios so large that a write takes four times as long.
 PIECE = 1 << 19
+BATCH = 1 << 26  # bytes that the disk is asked to take at a time
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors are written in any order, from any thread, to places fixed in advance."""
+    """A safetensors file whose tensors are written in any order, from any thread, to places fixed in advance.
+
+    Whatever of its beginning is complete is hashed, and sent on its way to the disk, by one thread while the others go
+    on: so a merge as large as memory waits at its end for neither.
+    """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -35,10 +42,15 @@ class SafetensorsWriter:
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-        self._offsets = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        start = 8 + len(text)
+        self._offsets = {name: start + header[name]["data_offsets"][0] for name in shapes}
+        self._missing = deque((name, start + header[name]["data_offsets"][1]) for name in sorted(shapes))
+        self._written = set[str]()
+        self._hash, self._hashed, self._hashing, self._sent = hashlib.sha256(), 0, Lock(), 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._write(len(text).to_bytes(8, "little") + text, 0)
-        os.ftruncate(self._descriptor, 8 + len(text) + at)
+        os.ftruncate(self._descriptor, start + at)
+        self._hash_to(start)
 
     def write(self, name: str, tensor: "Tensor") -> None:
         """Write a contiguous CPU tensor of the file's type to its place."""
@@ -46,6 +58,19 @@ class SafetensorsWriter:
 
         buffer: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._write(memoryview(buffer), self._offsets[name])
+        self._written.add(name)
+        if self._hashing.acquire(blocking=False):
+            try:
+                self._hash_on()
+            finally:
+                self._hashing.release()
+
+    def sha256(self) -> str:
+        """The sha256 of the file, in hex, once all tensors are written."""
+        with self._hashing:
+            self._hash_on()
+        assert not self._missing
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -54,6 +79,22 @@ class SafetensorsWriter:
         done = 0
         while done < len(buffer):
             done += os.pwrite(self._descriptor, buffer[done : done + PIECE], offset + done)
+
+    def _hash_on(self) -> None:
+        """Hash what is complete and follows what is hashed already."""
+        while self._missing and self._missing[0][0] in self._written:
+            self._hash_to(self._missing.popleft()[1])
+
+    def _hash_to(self, end: int) -> None:
+        """Hash the file as it is on, from where that was left, to `end`."""
+        while self._hashed < end:
+            piece = os.pread(self._descriptor, min(PIECE, end - self._hashed), self._hashed)
+            self._hash.update(piece)
+            self._hashed += len(piece)
+        if self._hashed - self._sent >= BATCH and hasattr(os, "posix_fadvise"):
+            # Linux begins to write back what a program has done with, and drops none of it before it is written.
+            os.posix_fadvise(self._descriptor, self._sent, self._hashed - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._hashed
 
 
 def merged_config(

@@ -254,15 +254,17 @@ def _write(
         settings = replace(settings, certificate="exact" if by_mean else "probes")
     option = "--onto" if os.path.realpath(target) == os.path.realpath(before.folder.folder) else "--output"
     with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True, option=option) as work:
-        merges, measured = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
+        merged = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
-        ledger = record(ledger_of(federation, lock, contributions, measured, settings, before.name()), before.ledger)
+        ledger = ledger_of(federation, lock, contributions, merged.measured, settings, before.name())
+        ledger, of_core = record(ledger, before.ledger), None
         if by_mean:
-            ledger, lock = _folded(ledger, lock, change, parts, measured)
+            ledger, lock = _folded(ledger, lock, change, parts, merged.measured)
         if settings.method == "svd" and (parts.again or before.core):
-            write_core(federation, settings.options, work / CORE_NAME, None if parts.again else before.core, threads)
-        ledger = write_records(work, ledger, lock, parts.clients, merges)
+            stored = None if parts.again else before.core
+            of_core = write_core(federation, settings.options, work / CORE_NAME, stored, threads)
+        ledger = write_records(work, ledger, lock, parts.clients, merged, of_core)
         require_same_files({**change.arrivals.new, before.place: before.folder})
         if target.exists() and before.folder.folder.exists() and target.samefile(before.folder.folder):
             end.enter_context(alone_beside(target))
