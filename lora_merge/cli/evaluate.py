@@ -162,6 +162,7 @@ def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:
         "data": question.data,
         "rows": comparison.rows,
         "rows_left_out": comparison.rows_left_out,
+        "rows_cut": comparison.rows_cut,
         "answer_tokens": comparison.answer_tokens,
         "prompt_form": comparison.prompt_form,
         "max_length": question.max_length,
@@ -191,10 +192,10 @@ def drawn(record: dict[str, Any]) -> "RenderableType":
     """The tables of a record: losses, what the globals gain over the mean local, and answers."""
     from rich.console import Group
 
-    left_out = f" ({record['rows_left_out']} left out as too long)" if record["rows_left_out"] else ""
-    lead = (
-        f"{record['rows']} held-out rows{left_out}, {record['answer_tokens']} answer tokens; 95 % intervals over rows"
-    )
+    fates = {"left out as too long": record["rows_left_out"], "cut at their end": record["rows_cut"]}
+    told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+    rows = f"{record['rows']} held-out rows{f' ({told})' if told else ''}"
+    lead = f"{rows}, {record['answer_tokens']} answer tokens; 95 % intervals over rows"
     parts: list[RenderableType] = [plain(lead), _losses(record["models"])]
     parts += [plain(verdict(model)) for model in record["models"] if model["gain_over_mean_of_locals"]]
     for answer in record["answers"]:

@@ -83,6 +83,7 @@ class Comparison:
     scores: tuple[Score, ...]
     rows: int
     rows_left_out: int
+    rows_cut: int
     answer_tokens: int
     prompt_form: str
     device: str
@@ -125,6 +126,7 @@ def compare(
         scores=tuple(scores_of(names, kinds, losses)),
         rows=len(held_out.examples),
         rows_left_out=held_out.left_out,
+        rows_cut=held_out.cut,
         answer_tokens=int(held_out.tokens.sum()),
         prompt_form=form,
         device=str(device),

@@ -16,11 +16,15 @@ from lora_merge.training.data import Encoded, Row, encode
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows as tokens; `left_out` counts those whose prompt alone was too long."""
+    """Rows as tokens; `left_out` counts those whose prompt alone was too long, `cut` those that lost their end."""
 
     examples: Sequence[Encoded]
     left_out: int
     prompt_form: str
+
+    @property
+    def cut(self) -> int:
+        return sum(example.is_cut for example in self.examples)
 
     @cached_property
     def tokens(self) -> torch.Tensor:

@@ -52,10 +52,11 @@ class Row:
 
 
 class Encoded(NamedTuple):
-    """A row as tokens; `labels` are -100 on the prompt. Both have the same length."""
+    """A row as tokens; `labels` are -100 on the prompt, both have the same length. `is_cut`: its end is missing."""
 
     input_ids: list[int]
     labels: list[int]
+    is_cut: bool = False
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -125,14 +126,14 @@ def encode(row: Row, tokenizer: Any, prompt_form: str, max_length: int) -> Encod
     # Prompt and answer are tokenised together, as one text is; a token across their border counts as answer.
     prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
     asked = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, input_ids, strict=False)))
-    input_ids = input_ids[:max_length]
+    is_cut, input_ids = len(input_ids) > max_length, input_ids[:max_length]
     if len(input_ids) <= max(asked, 1):
         return None
-    return Encoded(input_ids, [IGNORED] * asked + input_ids[asked:])
+    return Encoded(input_ids, [IGNORED] * asked + input_ids[asked:], is_cut)
 
 
 def encode_rows(rows: list[Row], tokenizer: Any, recipe: Recipe, tell: Callable[[str], None]) -> list[Encoded]:
-    """Every row that the recipe's length leaves an answer of; `tell` hears how many it does not.
+    """Every row that the recipe's length leaves an answer of; `tell` hears how many it does not, or not a whole one.
 
     Raises:
         RefusedError: not one row is left.
@@ -144,6 +145,8 @@ def encode_rows(rows: list[Row], tokenizer: Any, recipe: Recipe, tell: Callable[
         raise RefusedError([Problem("the data", "max_length", reason)])
     if skipped := len(rows) - len(examples):
         tell(f"{skipped} of {len(rows)} rows left out: the prompt alone fills max_length {recipe.max_length}")
+    if cut := sum(row.is_cut for row in examples):
+        tell(f"{cut} of {len(rows)} rows cut: their answers end after max_length {recipe.max_length}")
     return examples
 
 

@@ -58,8 +58,15 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
     for name in ("base", "org/north", "org/south", "mean of locals", "global"):
         assert any(line.strip().startswith(f"{name} ") for line in out.splitlines()), name
     assert "the mean of the locals by" in out
-    assert "4 held-out rows" in out
+    assert "4 held-out rows, " in out
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
+
+
+def test_rows_that_are_too_long_are_told(run: Run) -> None:
+    assert "2 held-out rows (2 left out as too long), " in run("--max-length", "10")[1]
+    assert "4 held-out rows (2 cut at their end), " in run("--max-length", "15")[1]
+    record = json.loads(run("--max-length", "15", "--json")[1])
+    assert (record["rows_left_out"], record["rows_cut"]) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ def test_a_limit_draws_rows_by_the_seed(ask: Ask) -> None:
 
 def test_rows_without_room_for_an_answer_are_counted_and_left_out(ask: Ask) -> None:
     comparison = ask(max_length=10)  # "one and two is" is 14 tokens, "ab" is 2
-    assert (comparison.rows, comparison.rows_left_out) == (2, 2)
+    assert (comparison.rows, comparison.rows_left_out, comparison.rows_cut) == (2, 2, 0)
+    assert ask(max_length=15).rows_cut == 2
     with pytest.raises(UsageError, match="keeps a token of its answer"):
         ask(max_length=2)
 

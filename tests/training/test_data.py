@@ -217,6 +217,9 @@ def test_rows_without_room_for_an_answer_are_left_out_and_counted(make_recipe: M
     rows = [Row("ab", "c"), Row("abcd", "e"), Row("abcdef", "e")]
     assert len(encode_rows(rows, TOKENIZER, recipe, said.append)) == 1
     assert said == ["2 of 3 rows left out: the prompt alone fills max_length 4"]
+    said.clear()
+    assert len(encode_rows([Row("ab", "c"), Row("ab", "cd")], TOKENIZER, recipe, said.append)) == 2
+    assert said == ["1 of 2 rows cut: their answers end after max_length 4"]  # the end token takes one
     with pytest.raises(RefusedError, match="max_length 4"):
         encode_rows(rows[1:], TOKENIZER, recipe, said.append)
 
