@@ -1,16 +1,15 @@
 """Defaults of options from the environment and from `lora-merge.toml`, below what is typed; strictly read."""
 
-import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import typer
 
-from lora_merge.errors import UsageError
+from lora_merge.errors import UsageError, meant
 
 FILE_NAME = "lora-merge.toml"
 PREFIX = "LORA_MERGE_"
@@ -128,7 +127,7 @@ def _of_file(commands: Mapping[str, Any]) -> _Layer:
 def _tables(commands: Mapping[str, Any], path: _Path, table: Any) -> Iterator[tuple[_Path, dict[str, _Set]]]:
     name = path[-1]
     if name not in commands or not isinstance(table, dict):
-        raise UsageError(f"{FILE_NAME} has the entry {'.'.join(path)!r}, which is no command.{_near(name, commands)}")
+        raise UsageError(f"{FILE_NAME} has the entry {'.'.join(path)!r}, which is no command{meant(name, commands)}.")
     if inner := getattr(commands[name], "commands", None):
         for key, value in table.items():
             yield from _tables(inner, (*path, key), value)
@@ -137,7 +136,7 @@ def _tables(commands: Mapping[str, Any], path: _Path, table: Any) -> Iterator[tu
     for key, value in table.items():
         where = f"[{'.'.join(path)}] {key}"
         if key not in options:
-            raise UsageError(f"{FILE_NAME} has {where}, which is no option of {name}.{_near(key, options)}")
+            raise UsageError(f"{FILE_NAME} has {where}, which is no option of {name}{meant(key, options)}.")
         if options[key].multiple and not isinstance(value, list):
             raise UsageError(f"{FILE_NAME} has {where} = {value!r}, which must be a list.", hint=f"{key} = [{value!r}]")
     yield path, {options[key].name: _Set(value, f"--{key}", FILE_NAME) for key, value in table.items()}
@@ -154,7 +153,7 @@ def _of_environment(commands: Mapping[str, Any]) -> _Layer:
         if not variable.startswith(PREFIX):
             continue
         if variable not in known:
-            raise UsageError(f"The environment has {variable}, which sets no option.{_near(variable, known)}")
+            raise UsageError(f"The environment has {variable}, which sets no option{meant(variable, known)}.")
         path, option, parameter = known[variable]
         value = text.split() if parameter.multiple else text
         found.setdefault(path, {})[parameter.name] = _Set(value, f"--{option}", variable)
@@ -172,8 +171,3 @@ def _leaves(commands: Mapping[str, Any], path: _Path = ()) -> Iterator[tuple[_Pa
 def _options(command: Any) -> dict[str, Any]:
     """The long options of a command, without their dashes."""
     return {option.removeprefix("--"): each for each in command.params for option in each.opts if "--" in option}
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -56,8 +56,8 @@ def test_an_option_wins_over_the_environment_and_that_over_the_file(here: Path) 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ('[aggregate]\nmetod = "svd"\n', "'method'"),
-        ("[agregate]\n", "'aggregate'"),
+        ('[aggregate]\nmetod = "svd"\n', "did you mean method?"),
+        ("[agregate]\n", "did you mean aggregate?"),
         ("aggregate = 3\n", "aggregate"),
         ("[aggregate", "TOML"),
     ],
@@ -111,7 +111,7 @@ def test_a_variable_is_called_as_its_option_is(variable: str, value: str, argume
 def test_a_variable_that_sets_nothing_is_an_error_with_a_suggestion(variable: str) -> None:
     code, output = run(*RECIPES, env={variable: "svd"})
     assert code == 2
-    assert f"{variable}, which sets no option. Did you mean 'LORA_MERGE_AGGREGATE_METHOD'?" in output
+    assert f"{variable}, which sets no option (did you mean LORA_MERGE_AGGREGATE_METHOD?)." in output
 
 
 @pytest.mark.parametrize(("name", "value"), [("METHOD", "mean"), ("RANK", "many")])
