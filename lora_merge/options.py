@@ -38,8 +38,8 @@ def merge_settings(
         raise OptionError(given, "is of --method svd, ties and dare", hint="Add --method svd.")
     if "density" not in METHODS[method].heeds and density is not None:
         raise OptionError("density", "is of --method ties and dare")
-    if density is not None and not (_is_number(density) and 0 < density <= 1):
-        raise OptionError("density", f"must be a share above 0 and up to 1, is {density!r:.40}")
+    if density is not None and not (_is_number(density) and is_in_range(density) and density <= 1):
+        raise OptionError("density", f"must be a share from 1e-30 to 1, is {density!r:.40}")
     if seed is not None and not (type(seed) is int and 0 <= seed < 1 << 32):
         raise OptionError("seed", f"must be a whole number from 0 to {(1 << 32) - 1}, is {seed!r:.40}")
     if energy is not None and (rank not in (None, "auto") or not _is_number(energy) or not 0 < energy <= 1):
