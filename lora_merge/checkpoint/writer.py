@@ -1,5 +1,6 @@
 """Writing a merged adapter: a safetensors file filled in any order, and the config that makes PEFT load it."""
 
+import errno
 import hashlib
 import json
 import math
@@ -29,8 +30,8 @@ BATCH = 1 << 26  # bytes that the disk is asked to take at a time
 class SafetensorsWriter:
     """A safetensors file whose tensors are written in any order, from any thread, to places fixed in advance.
 
-    Whatever of its beginning is complete is hashed, and sent on its way to the disk, by one thread while the others go
-    on: so a merge as large as memory waits at its end for neither.
+    As far as the file is complete from its beginning, it is hashed and sent on its way to the disk, by one thread while
+    the others go on: so that nobody waits for either at the end.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
@@ -89,6 +90,8 @@ class SafetensorsWriter:
         """Hash the file as it is on, from where that was left, to `end`."""
         while self._hashed < end:
             piece = os.pread(self._descriptor, min(PIECE, end - self._hashed), self._hashed)
+            if not piece:
+                raise OSError(errno.EIO, "somebody has cut the file that is being written")
             self._hash.update(piece)
             self._hashed += len(piece)
         if self._hashed - self._sent >= BATCH and hasattr(os, "posix_fadvise"):

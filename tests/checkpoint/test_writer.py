@@ -1,6 +1,7 @@
 """A file that threads fill in any order is hashed while it is filled."""
 
 import hashlib
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,4 +46,13 @@ def test_what_is_in_order_is_hashed_before_the_end(tmp_path: Path, monkeypatch: 
 def test_a_file_without_tensors_is_its_header(tmp_path: Path) -> None:
     made = SafetensorsWriter(tmp_path / "a", {}, "F32")
     assert made.sha256() == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    made.close()
+
+
+def test_a_file_that_somebody_cuts_is_an_error_and_no_endless_loop(tmp_path: Path) -> None:
+    made = SafetensorsWriter(tmp_path / "a", {"a": (8,), "b": (8,)}, "F32")
+    made.write("b", torch.zeros(8))
+    os.truncate(tmp_path / "a", 8)
+    with pytest.raises(OSError, match="has cut the file"):
+        made.write("a", torch.zeros(8))  # "b" is not behind it any more
     made.close()
