@@ -1,17 +1,18 @@
 """From the accepted clients to the federation that is merged: their weights, and the base model where it is needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lora_merge.adapter import Client
+from lora_merge.adapter import Client, FactorsSpec
 from lora_merge.agreement import agreed_base_model
 from lora_merge.checkpoint.base_model import BaseModel, open_base
-from lora_merge.checkpoint.federation import Federation
+from lora_merge.checkpoint.federation import Federation, base_name
+from lora_merge.checkpoint.layout import TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.errors import MissingBaseError, NotFoundError
+from lora_merge.errors import MissingBaseError, NotFoundError, Problem, RefusedError
 from lora_merge.intake import Accepted
 from lora_merge.sources.reference import Tell
 
@@ -33,13 +34,42 @@ def federation_of(
 
     Raises:
         MissingBaseError: the mean needs base tensors that are not at hand.
+        RefusedError: no adapter on that base can hold the mean.
     """
     folders = inputs.clients
     clients = [
         Client(client, n, inputs.sketched.get(client, folders[client])) for client, n in inputs.weights.items() if n > 0
     ]
     without = Federation(clients, sum(inputs.weights.values()), alpha, None, stores_transposed(folders), device)
-    return replace(without, base=base_model_for(without, folders, base, to_measure=to_measure, tell=tell))
+    found = replace(without, base=base_model_for(without, folders, base, to_measure=to_measure, tell=tell))
+    if problems := list(_tied_problems(found)):
+        raise RefusedError(problems)
+    return found
+
+
+def _tied_problems(federation: Federation) -> Iterator[Problem]:
+    """What PEFT has no place for where the base ties its output layer to its embedding.
+
+    Token rows of the embedding alone are then rows of both; beside them nothing else can be said of the output layer
+    but by LoRA, nor the same rows of both apart.
+    """
+    base = federation.base
+    if base is None:
+        return
+    rows = {base.stored_as(base_name(name)): name for name in federation.names if name.endswith(TOKEN_SUFFIX)}
+    for name in federation.names:
+        embedding = rows.get(base.tied_to(base_name(name)))
+        is_frozen = name.endswith(".base_layer.weight")
+        if embedding in (None, name) or is_frozen or isinstance(federation.spec(name), FactorsSpec):
+            continue
+        owners = {client.id for client in federation.clients if name in client.adapter.specs}
+        of_both = [client.id for client in federation.clients if embedding in client.adapter.specs]
+        if set(of_both) - owners or federation.tokens(name) == federation.tokens(embedding):
+            tied = f"the base model ties it to {embedding.removesuffix(TOKEN_SUFFIX)}, of which"
+            for client in sorted(owners):
+                yield Problem(
+                    client, name, f"{tied} {', '.join(of_both[:4])} trained token rows: no adapter holds both"
+                )
 
 
 def stores_transposed(folders: Mapping[str, PeftFolder]) -> bool:

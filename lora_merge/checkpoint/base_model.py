@@ -33,11 +33,13 @@ class Misfit(ValueError):
 class BaseModel:
     """A base model's safetensors files: which tensor lies in which file, and what its config calls the model.
 
+    `ties_head`: its config says that the output layer is the input embedding, whatever the files hold.
     Reading a tensor raises `Misfit` where it has another shape than the adapters need.
     """
 
     files: Mapping[str, Path]
     model_type: str | None = None
+    ties_head: bool = False
 
     @property
     def folder(self) -> Path:
@@ -46,6 +48,17 @@ class BaseModel:
 
     def has(self, name: str) -> bool:
         return self._key(name) is not None
+
+    def tied_to(self, name: str) -> str | None:
+        """The stored embedding that is the output layer's `name` too; None of one that has its own tensor."""
+        key = self._key(name)
+        if key is None or not _is_head(name):
+            return None
+        return self._embedding() if self.ties_head or key.endswith(_EMBEDDINGS) else None
+
+    def stored_as(self, name: str) -> str | None:
+        """The name under which the tensor `name` lies in the files."""
+        return self._key(name)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "Tensor":
         """The tensor `name`, fp32."""
@@ -115,9 +128,8 @@ class BaseModel:
         """
         if name in self.files:
             return name
-        if name.split(".")[-2:] == ["lm_head", "weight"] and not any(key.endswith(name) for key in self.files):
-            tied = [key for key in self.files if key.endswith(_EMBEDDINGS)]
-            return tied[0] if len(tied) == 1 else None
+        if _is_head(name) and not any(key.endswith(name) for key in self.files):
+            return self._embedding()
         parts = name.split(".")
         for count in range(1, len(parts)):
             prefix, rest = ".".join(parts[:count]) + ".", ".".join(parts[count:])
@@ -127,6 +139,11 @@ class BaseModel:
         if all(key.startswith(prefix) for key in self.files) and prefix + name in self.files:
             return prefix + name
         return None
+
+    def _embedding(self) -> str | None:
+        """The input embedding, where there is one alone."""
+        found = [key for key in self.files if key.endswith(_EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
 
 
 def open_base(base: str | Path, *, commit: str | None = None) -> BaseModel:
@@ -142,7 +159,15 @@ def open_base(base: str | Path, *, commit: str | None = None) -> BaseModel:
             f"No safetensors weights of the base model {base} were found, in a folder or in the local cache.",
             hint="Give its folder with --base, or download it first: hf download " + str(base),
         )
-    return BaseModel({key: file for file in files for key in _keys(file)}, _model_type(files[0].parent))
+    config = _config(files[0].parent)
+    kind, tied = config.get("model_type"), config.get("tie_word_embeddings") is True
+    return BaseModel(
+        {key: file for file in files for key in _keys(file)}, kind if isinstance(kind, str) else None, tied
+    )
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[-2:] == ["lm_head", "weight"]
 
 
 def _cached(repo: str, commit: str | None) -> Path | None:
@@ -161,12 +186,10 @@ def _keys(file: Path) -> list[str]:
     return [key for key in header if key != "__metadata__"]
 
 
-def _model_type(folder: Path) -> str | None:
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    return kind if isinstance(kind, str) else None
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finite(name: str, stored: "Tensor") -> "Tensor":

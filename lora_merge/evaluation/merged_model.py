@@ -1,21 +1,33 @@
-"""A global adapter merged into its base: one ordinary model folder."""
+"""A global adapter merged into its base: one ordinary model folder.
+
+PEFT merges an update into the weight of its layer. A layer that is tied to another one has the same weight, and the
+other must not get the update: so layers that are updated apart are untied first. Whether the merged model computes
+what base and adapter compute is looked at before it is written.
+"""
 
 import shutil
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_merge.checkpoint.folder import atomic_folder, check_free
+from lora_merge.checkpoint.layout import PREFIX
 from lora_merge.checkpoint.overwriting import require_apart
-from lora_merge.errors import UsageError
+from lora_merge.errors import Problem, RefusedError, UsageError, VerificationError
 from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
 from lora_merge.sources.base_models import find_model
 from lora_merge.sources.local import folders_named
 from lora_merge.training.base_model import load_tokenizer
 
+PROBE = 32  # tokens by which the merged model is held against base and adapter
+TOLERANCE = 1e-3  # of the largest logit; fp32 needs a thousandth of that
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a tokenizer is made of, whichever kind it is; copied as it is, so that it stays the same to the byte.
 _TOKENIZER_FILES = (
@@ -58,7 +70,8 @@ def export(
 
     Raises:
         UsageError: `output` exists, or the base is not a model.
-        RefusedError: the adapter was refused, or does not fit the base.
+        RefusedError: the adapter was refused, or does not fit the base, or no model of the base's kind can hold it.
+        VerificationError: the merged model is not what base and adapter are together.
         NotFoundError, NetworkError: the adapter or the base is not there.
     """
     require_apart(output, folders_named([adapter, base]))
@@ -71,13 +84,84 @@ def export(
         load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
         tell(f"Merging {adapter} into {base} in fp32")
         model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)
-    merged = model.merge_and_unload(safe_merge=True).to(DTYPES[dtype])
+    merged = merged_with(model, str(adapter)).to(DTYPES[dtype])
     tell(f"Writing {output}")
     with atomic_folder(output, force=force, kind="model") as folder:
         merged.save_pretrained(folder, safe_serialization=True)
         _copy_tokenizer(found.folder, folder)
     nbytes = sum(path.stat().st_size for path in output.iterdir())
     return Exported(output, dtype, merged.num_parameters(), nbytes)
+
+
+def merged_with(model: Any, adapter: str) -> Any:
+    """The base of PEFT's `model` with the update of the adapter in its weights, which `model` is no more.
+
+    Raises:
+        RefusedError, VerificationError: as `export`.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    layers = {name.removeprefix(PREFIX): module for name, module in model.named_modules()}
+    lora = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+    rows = [layer for layer in layers.values() if isinstance(layer, TrainableTokensLayer)]
+    if lacking := [name for name, layer in lora.items() if _lacks_bias(layer)]:
+        more = f" (and of {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        reason = f"trains a bias of {lacking[0]}{more}, and no model of the base's kind has one"
+        hint = "Use it as an adapter beside its base."
+        raise RefusedError([Problem(adapter, "lora_bias", reason)], hint=hint)
+    _untie(model, [*lora.values(), *rows])
+    tokens = _probe(model, {token for layer in rows for indices in layer.token_indices.values() for token in indices})
+    expected = _logits(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT comments on ties, which are undone; what matters is checked below
+        merged = model.merge_and_unload(safe_merge=True)
+    _say_what_is_tied(merged)
+    if not (_logits(merged, tokens) - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        raise VerificationError(
+            f"{adapter} merged into the base computes something else than beside it: PEFT cannot merge this kind. "
+            "Nothing was written.",
+            hint="Use it as an adapter beside its base.",
+        )
+    return merged
+
+
+def _lacks_bias(layer: Any) -> bool:
+    return any(layer.lora_bias.values()) and getattr(layer.get_base_layer(), "bias", None) is None
+
+
+def _untie(model: Any, updated: Iterable[Any]) -> None:
+    """Give each updated layer whose weight another layer has too one of its own."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for layer in updated:
+        base = layer.get_base_layer()
+        if owners[id(getattr(base, "weight", None))] > 1:
+            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+
+
+def _say_what_is_tied(model: Any) -> None:
+    """Have the config say that the output layer has a weight of its own, where it has come to have one."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is None or outputs is None or torch.equal(inputs.weight, outputs.weight):
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _probe(model: Any, trained: Collection[int]) -> Tensor:
+    """1 x length: tokens of all kinds, half of them from those that were trained apart."""
+    config = model.config.get_text_config()
+    length = min(PROBE, getattr(config, "max_position_embeddings", None) or PROBE)
+    some = torch.tensor(sorted(trained)[: length // 2], dtype=torch.long)
+    others = torch.randint(config.vocab_size, (length - len(some),), generator=torch.Generator().manual_seed(0))
+    return torch.cat([some, others])[None]
+
+
+@torch.inference_mode()
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    """1 x length x V."""
+    logits: Tensor = model(input_ids=tokens).logits
+    return logits.float()
 
 
 def _copy_tokenizer(base: Path, folder: Path) -> None:

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_merge import aggregate
 from lora_merge.errors import LoraMergeError, NotFoundError, RefusedError, UsageError
-from tests.adapters import KINDS
+from tests import models
+from tests.adapters import KINDS, Client, Kind, federation
 from tests.conftest import Federations, digests
 from tests.dense import error, mean_model
 
@@ -44,6 +48,44 @@ def test_a_base_in_several_files_gives_the_same_bytes(name: str, federations: Fe
     aggregate(made.clients, tmp_path / "one", base=made.base)
     aggregate(made.clients, tmp_path / "many", base=sharded)
     assert digests(tmp_path / "one") == digests(tmp_path / "many")
+
+
+ROWS, HEAD = {"trainable_token_indices": [3, 7]}, {"trainable_token_indices": {"lm_head": [3, 9]}}
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other", "refused"),
+    [
+        (ROWS, {"modules_to_save": ["lm_head"]}, True),
+        (ROWS, HEAD, True),  # the rows of one are rows of the head too
+        ({"trainable_token_indices": {"wte": [3, 9], "lm_head": [3]}}, HEAD, True),  # the union would be tied
+        ({"trainable_token_indices": {"wte": [3], "lm_head": [7]}}, HEAD, False),
+        (ROWS, {"target_modules": ["c_attn", "lm_head"]}, False),
+        (HEAD, {"modules_to_save": ["wte"]}, False),
+        (ROWS, {}, False),
+    ],
+)
+def test_rows_of_a_tied_embedding_are_rows_of_the_head(
+    one: dict[str, Any], other: dict[str, Any], refused: bool, stored_twice: bool, tmp_path: Path
+) -> None:
+    loras = [
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM", **lora}
+        for lora in (one, other)
+    ]
+    made = federation(Kind("tied", models.gpt2, tuple(map(Client, loras)), needs_base=True), tmp_path)
+    if stored_twice:
+        tensors = load_file(made.base / "model.safetensors")
+        head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
+        save_file(tensors | head, made.base / "model.safetensors", metadata={"format": "pt"})
+    if refused:
+        with pytest.raises(RefusedError, match=r"lm_head\S+: the base model ties it to transformer.wte, of which"):
+            aggregate(made.clients, tmp_path / "global", base=made.base)
+        return
+    aggregate(made.clients, tmp_path / "global", base=made.base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT comments on tied embeddings
+        PeftModel.from_pretrained(models.gpt2(), tmp_path / "global")
 
 
 @pytest.mark.parametrize("kind", ["DoRA of Conv1D", "modules_to_save of a tied head that some lack"])

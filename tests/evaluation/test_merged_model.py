@@ -1,14 +1,17 @@
 """The exported model needs no PEFT, and computes what the base and the adapter compute together."""
 
 import copy
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lora_merge.errors import RefusedError, UsageError
+from lora_merge.errors import RefusedError, UsageError, VerificationError
 from lora_merge.evaluation.merged_model import export
 from tests.conftest import digests
 from tests.evaluation.conftest import client_on
@@ -44,6 +47,65 @@ def test_the_exported_model_computes_base_plus_adapter(base: Path, tmp_path: Pat
     assert torch.allclose(exported, expected, atol=1e-4)
     assert not torch.allclose(exported, logits(model_in(base)), atol=0.5)
     assert made.nbytes == sum(path.stat().st_size for path in (tmp_path / "model").iterdir())
+
+
+@pytest.fixture(scope="module")
+def tied(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, with a head that is its embedding."""
+    folder = tmp_path_factory.mktemp("tied")
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+        {"trainable_token_indices": [3, 200]},
+        {"trainable_token_indices": {"lm_head": [3, 200]}},
+        {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4, 200]}},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_what_is_tied_in_the_base_gets_no_update_of_its_twins(tied: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    adapter = client_on(tied, tmp_path / "client", 3, **lora)
+    export(adapter, str(tied), tmp_path / "model", tell=print)
+    exported, expected = logits(model_in(tmp_path / "model")), logits(with_adapter(tied, adapter))
+    assert torch.allclose(exported, expected, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(exported, logits(model_in(tied)), atol=0.5)
+
+
+def test_a_bias_that_no_such_model_has_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = client_on(base, tmp_path / "client", 3, lora_bias=True)
+    with pytest.raises(RefusedError, match=r"trains a bias of model.layers.0.self_attn.q_proj \(and of 3 more\)"):
+        export(adapter, str(base), tmp_path / "model", tell=print)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_computes_something_else_is_not_written(
+    base: Path, adapters: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import Linear
+
+    merge = Linear.merge
+
+    def wrong(self: Any, *arguments: Any, **named: Any) -> None:
+        merge(self, *arguments, **named)
+        self.get_base_layer().weight.data *= 1.1
+
+    monkeypatch.setattr(Linear, "merge", wrong)
+    with pytest.raises(VerificationError, match="computes something else"):
+        export(adapters[0], str(base), tmp_path / "model", tell=print)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
