@@ -73,6 +73,8 @@ def evaluate(
     with out.reporting(), waiting_at_most(max_wait):
         if output:
             _check_output(output, [*adapters, base, data], force)
+        if any(not each.strip() for each in prompt or ()):
+            raise UsageError("--prompt holds nothing to answer.")
         _require_inputs(base, adapters, data, device, out)
         from lora_merge.evaluation.comparison import Question, compare
 

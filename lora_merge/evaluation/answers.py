@@ -72,13 +72,18 @@ def _can_skip_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
+def prompt_ids(tokenizer: Any, prompt: str, prompt_form: str) -> list[int]:
+    """The tokens that a model is asked by."""
+    text, _ = render(Row(prompt, ""), tokenizer, prompt_form)
+    return list(tokenizer(text, add_special_tokens=prompt_form != "chat").input_ids)
+
+
 @torch.inference_mode()
 def greedy_answer(model: Any, tokenizer: Any, prompt: str, *, prompt_form: str, max_new_tokens: int) -> str:
     """What `model` answers to `prompt`, taking the likeliest token each time."""
     from transformers import GenerationConfig
 
-    text, _ = render(Row(prompt, ""), tokenizer, prompt_form)
-    ids = tokenizer(text, add_special_tokens=prompt_form != "chat", return_tensors="pt").input_ids.to(model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, prompt_form)], device=model.device)
     plan = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,

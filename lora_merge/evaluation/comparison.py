@@ -12,14 +12,15 @@ import torch
 from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.environment import device_named
-from lora_merge.evaluation.answers import answer_nll, greedy_answer
+from lora_merge.errors import UsageError
+from lora_merge.evaluation.answers import answer_nll, greedy_answer, prompt_ids
 from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
 from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
 from lora_merge.evaluation.models import Opened, attach, is_global, load_base, open_adapters
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.base_models import find_model
-from lora_merge.training.base_model import load_tokenizer
+from lora_merge.training.base_model import load_tokenizer, positions
 from lora_merge.training.data import read_rows
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -101,7 +102,7 @@ def compare(
         NotFoundError: the data, the base or an adapter folder is not there.
         RefusedError: rows or adapters were refused, all of them named; or adapters do not fit the base.
         NetworkError: the base is not in the cache, and the Hub cannot be reached.
-        UsageError: no row is short enough, or there is no such device.
+        UsageError: no row or prompt is short enough, or there is no such device.
     """
     device = device_named(question.device)
     rows = read_rows(question.data)
@@ -113,6 +114,7 @@ def compare(
         form = question.prompt_form or stated_prompt_form(adapters)
         base = load_base(found, question.dtype, device)
         held_out = held_out_of(rows, tokenizer, form, longest_row(base, question), question.limit, question.seed)
+        _require_room(question, tokenizer, form, positions(base))
         tell(f"Prompt form {form}; {len(held_out.examples)} rows, {held_out.tokens.sum()} answer tokens")
         names, kinds = ("base", *_names(opened)), ("base", *map(_kind, adapters))
         with pool(None if device.type == "cpu" else 1) as threads:
@@ -195,4 +197,19 @@ def _names(opened: Sequence[Opened]) -> list[str]:
 
 def longest_row(base: Any, question: Question) -> int:
     """`max_length`, but never more than the model reads."""
-    return min(question.max_length, getattr(base.config, "max_position_embeddings", None) or question.max_length)
+    return min(question.max_length, positions(base) or question.max_length)
+
+
+def _require_room(question: Question, tokenizer: Any, prompt_form: str, most: int | None) -> None:
+    """Raise `UsageError` where the model cannot answer a prompt: before it is measured, which takes long."""
+    for prompt in question.prompts:
+        asked = len(prompt_ids(tokenizer, prompt, prompt_form))
+        if not asked:
+            raise UsageError("--prompt holds nothing to answer.")
+        if most is not None and asked + question.max_new_tokens > most:
+            shown = f"{prompt[:40]}…" if len(prompt) > 40 else prompt
+            raise UsageError(
+                f"--prompt {shown!r} has {asked} tokens, and with {question.max_new_tokens} of an answer that is more "
+                f"than the {most} that the model reads.",
+                hint=f"--max-new-tokens {most - asked}" if asked < most else "Ask a shorter one.",
+            )

@@ -24,7 +24,7 @@ from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.models import attach_in_place, load_base, open_adapters
 from lora_merge.sources.base_models import find_model
 from lora_merge.sources.local import folders_named
-from lora_merge.training.base_model import load_tokenizer
+from lora_merge.training.base_model import load_tokenizer, positions
 
 PROBE = 32  # tokens by which the merged model is held against base and adapter
 TOLERANCE = 1e-3  # of the largest logit; fp32 needs a thousandth of that
@@ -150,10 +150,9 @@ def _say_what_is_tied(model: Any) -> None:
 
 def _probe(model: Any, trained: Collection[int]) -> Tensor:
     """1 x length: tokens of all kinds, half of them from those that were trained apart."""
-    config = model.config.get_text_config()
-    length = min(PROBE, getattr(config, "max_position_embeddings", None) or PROBE)
+    length, of = min(PROBE, positions(model) or PROBE), model.config.get_text_config().vocab_size
     some = torch.tensor(sorted(trained)[: length // 2], dtype=torch.long)
-    others = torch.randint(config.vocab_size, (length - len(some),), generator=torch.Generator().manual_seed(0))
+    others = torch.randint(of, (length - len(some),), generator=torch.Generator().manual_seed(0))
     return torch.cat([some, others])[None]
 
 

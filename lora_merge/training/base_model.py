@@ -34,8 +34,8 @@ def check_base(base: FoundBase, recipe: Recipe) -> None:
         UsageError: the model is of no known kind, reads fewer tokens, or lacks target modules.
     """
     model = skeleton(base)
-    most = getattr(model.config, "max_position_embeddings", None) or recipe.max_length
-    if recipe.max_length > most:
+    most = positions(model)
+    if most and recipe.max_length > most:
         raise UsageError(f"max_length {recipe.max_length}: {base.repo} reads at most {most} tokens.")
     if recipe.target_modules == ALL_LINEAR:
         return
@@ -101,6 +101,11 @@ def _readable(base: FoundBase) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         first = str(error).strip().split("\n")[0]
         raise UsageError(f"{base.folder} is not a causal language model that can be loaded: {first}") from error
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a model reads at most, as far as its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def add_lora(model: Any, recipe: Recipe) -> Any:

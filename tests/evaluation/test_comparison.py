@@ -104,6 +104,21 @@ def test_rows_without_room_for_an_answer_are_counted_and_left_out(ask: Ask) -> N
         ask(max_length=2)
 
 
+def test_a_prompt_that_the_model_cannot_answer_is_said_before_the_work(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ask(prompts=("b" * 60,), max_new_tokens=4).answers  # the model reads 64
+    monkeypatch.setattr("lora_merge.evaluation.comparison.answer_nll", None)  # nothing is measured
+    with pytest.raises(UsageError, match="has 60 tokens, and with 5 of an answer that is more than the 64") as refused:
+        ask(prompts=("b" * 60,), max_new_tokens=5)
+    assert refused.value.hint == "--max-new-tokens 4"
+    with pytest.raises(UsageError, match="has 70 tokens") as refused:
+        ask(prompts=("b" * 70,), max_new_tokens=5)
+    assert refused.value.hint == "Ask a shorter one."
+    with pytest.raises(UsageError, match="holds nothing to answer"):
+        ask(prompts=("",))
+
+
 def test_no_row_is_longer_than_the_model_reads(ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text('{"prompt": "a", "completion": "%s"}' % ("b" * 200))
     assert ask(data=str(tmp_path / "long.jsonl")).answer_tokens == 64 - 1
