@@ -16,7 +16,7 @@ from lora_merge.errors import ConflictError, NotFoundError, RefusedError, UsageE
 from lora_merge.folding import corridor
 from lora_merge.folding.onto import fold
 from lora_merge.verify import verify
-from tests.adapters import KINDS, Kind, edited, rewrite_json
+from tests.adapters import KINDS, Client, Kind, edited, rewrite_json
 from tests.conftest import Federations, digests
 from tests.dense import error, mean_model
 from tests.folds import FILES, SCREENING, interleaved, mean_of, truncated, write_client
@@ -71,6 +71,46 @@ def test_one_after_the_other_gives_the_bytes_of_one_merge(kind: Kind, federation
             assert fold(order[i : i + 1], onto).again is None
             same_as_one_merge(onto, order[: i + 1], tmp_path / "one")
         shutil.rmtree(onto)
+
+
+def narrow(kind: Kind) -> Kind:
+    """A kind at rank 1, so that what can be a stack is one, with one more client that trained nothing but LoRA."""
+    r = 2 if "convolution" in kind.name else 1  # of a grouped one, two blocks
+    own = [{name: v for name, v in client.lora.items() if name != "rank_pattern"} | {"r": r} for client in kind.clients]
+    where = ("r", "target_modules", "target_parameters", "task_type", "fan_in_fan_out")
+    plain = Client({name: own[0][name] for name in where if name in own[0]})
+    clients = [replace(client, lora=lora) for client, lora in zip(kind.clients, own, strict=True)]
+    return replace(kind, name=f"narrow {kind.name}", clients=(*clients, plain))
+
+
+NARROW = [
+    narrow(kind)
+    for kind in KINDS
+    if any(kind.clients[0].lora.get(name) for name in ("target_modules", "target_parameters"))
+]
+
+
+@pytest.mark.parametrize("kind", NARROW, ids=lambda kind: kind.name)
+def test_whoever_comes_or_goes_nothing_of_those_who_stay_is_lost(
+    kind: Kind, federations: Federations, tmp_path: Path
+) -> None:
+    """Of every kind of adapter, and plain ones beside it; where the clients' files are needed, they are named."""
+    made, onto = federations(kind), tmp_path / "global"
+    *clients, plain = made.clients
+
+    def step(arrives: list[Path], leaves: list[str], after: list[Path]) -> None:
+        try:
+            fold(arrives, onto, withdraw=leaves, base=made.base, screening=None)
+        except NotFoundError:
+            fold(after, onto, withdraw=leaves, base=made.base, screening=None)
+        same_as_one_merge(onto, after, tmp_path / "one", base=made.base)
+
+    step(clients, [], clients)
+    step([plain], [], [*clients, plain])
+    step([], [f"org/{clients[0].name}"], [*clients[1:], plain])
+    step([], [f"org/{client.name}" for client in clients[1:]], [plain])
+    step([clients[0]], [], [clients[0], plain])
+    step([], [f"org/{plain.name}"], clients[:1])
 
 
 def test_a_mean_is_folded_and_made_again_in_the_order_of_its_arrivals(federations: Federations, tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ class Description:
     def specs(self) -> Mapping[str, Spec]:
         return self.stored.specs
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but low-rank updates B @ A: no bias, no magnitude, no tensor trained whole."""
+        return all(isinstance(s, FactorsSpec) and not s.bias and not s.magnitude for s in self.specs.values())
+
 
 @dataclass(frozen=True)
 class PeftFolder(Description):

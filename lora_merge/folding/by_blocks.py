@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from lora_merge.adapter import Client, Factors, FactorsSpec
+from lora_merge.adapter import Client, Factors
 from lora_merge.aggregation.blocks import may_share
 from lora_merge.agreement import agreed_base_model, is_local
 from lora_merge.checkpoint.federation import Federation
@@ -45,7 +45,7 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Weig
     if not before.is_stacked:
         return "the global adapter is more than stacks of its clients' blocks"
     arrivals = {client: folder for client, folder in new.items() if weights[client]}
-    if client := next((client for client, folder in arrivals.items() if not is_plain(folder)), None):
+    if client := next((client for client, folder in arrivals.items() if not folder.is_plain), None):
         return f"{client} trained more than low-rank updates"
     if client := _names_the_base_untold(before, new, weights):
         return f"the base model's name would be a path of {client}, which is not kept"
@@ -63,11 +63,6 @@ def _names_the_base_untold(before: GlobalAdapter, new: Mapping[str, PeftFolder],
         return None
     name = agreed_base_model({client: new.get(client) or before.descriptions[client] for client in weights})
     return None if name and not is_local(name) else untold[0]
-
-
-def is_plain(folder: PeftFolder) -> bool:
-    """Whether an adapter is nothing but low-rank updates."""
-    return all(isinstance(s, FactorsSpec) and not s.bias and not s.magnitude for s in folder.specs.values())
 
 
 def _obstacle(

@@ -16,7 +16,6 @@ from lora_merge.aggregation.inner_products import squared_norm
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import CORE_NAME, PeftFolder
 from lora_merge.checkpoint.planned import Measured
-from lora_merge.folding.by_blocks import is_plain
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.kept import ranks_in, ranks_of
 from lora_merge.ledger import Certificate
@@ -55,7 +54,7 @@ def obstacle(before: GlobalAdapter, new: Mapping[str, PeftFolder], weights: Mapp
     ledger = before.ledger
     if any(client not in weights or client in new for client in before.contributions):
         return "nobody can be taken out of a mean"
-    if not is_plain(before.folder) or not all(is_plain(folder) for folder in new.values()):
+    if not before.folder.is_plain or not all(folder.is_plain for folder in new.values()):
         return "somebody trained more than low-rank updates"
     if any(each.block_ranks is None or each.claims is None for each in ledger.contributions):
         return "the global adapter's ledger does not tell who trained which module"

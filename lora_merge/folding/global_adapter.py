@@ -60,9 +60,10 @@ class GlobalAdapter:
     @cached_property
     def is_stacked(self) -> bool:
         """Whether it is nothing but stacks of its clients' blocks, whose widths are known."""
-        whole = len(ranks_of(self.folder)) == len(self.folder.specs)
         known = all(each.block_ranks is not None and each.claims is not None for each in self.ledger.contributions)
-        return self.ledger.method == "exact" and self.ledger.forms.keys() == {"stack"} and whole and known
+        return (
+            self.ledger.method == "exact" and self.ledger.forms.keys() == {"stack"} and self.folder.is_plain and known
+        )
 
     @cached_property
     def stacks(self) -> Stacks:
