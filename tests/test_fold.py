@@ -284,6 +284,7 @@ def test_the_ledger_names_the_global_that_was_folded_onto(thin_clients: list[Pat
     assert fold(thin_clients[:1], onto).ledger.parent is None
     weights = digests(onto)[FILES[0]]
     assert fold(thin_clients[1:], onto).ledger.parent == f"sha256:{weights}"
+    assert f"* Folded onto an earlier global adapter: sha256:{weights}." in (onto / "README.md").read_text()
 
 
 def test_an_id_that_is_in_from_somewhere_else_is_refused(thin_clients: list[Path], tmp_path: Path) -> None:

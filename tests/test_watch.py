@@ -26,6 +26,7 @@ from lora_merge.watching.events import Arrival, Conflict, Event, Refusal, Starte
 from lora_merge.watching.pace import Pace
 from lora_merge.watching.scores import Scores
 from lora_merge.watching.watch import watch
+from tests.adapters import edited
 from tests.cli.running import Run, lora_merge
 from tests.conftest import digests
 from tests.evaluation.conftest import client_on, held_out
@@ -353,8 +354,25 @@ def test_the_command_prints_a_line_for_each_arrival_and_the_end(lora_merge: Run,
     assert (end["event"], end["stopped"], end["clients"], end["schema_version"]) == ("end", "clients", 2, 1)
     code, out, _ = lora_merge("watch", "clients/*", "--onto", "global", "--until", "1", "-q")
     assert (code, out) == (0, f"{tmp_path / 'global'}\n")
-    code, out, _ = lora_merge("watch", "clients/*", "--onto", "global", "--for", "soon", "--json")
-    assert (code, json.loads(out)["error"]["code"]) == (2, 2)
+    for wrong in (("--onto", "global", "--for", "soon"), ("--onto", "global", "--until", "0"), ()):
+        code, out, err = lora_merge("watch", "clients/*", *wrong, "--json")
+        (line,) = out.splitlines()
+        assert (code, json.loads(line)["error"]["code"], err) == (2, 2, "")
+
+
+def test_every_copy_is_named_and_what_is_said_of_all_is_said_once(lora_merge: Run, tmp_path: Path) -> None:
+    for number in range(4):
+        own = client(tmp_path / "clients", number)
+        if number < 3:
+            edited(own, tmp_path / "clients" / f"copy-{number}", client_id=f"org/copy-{number}")
+    code, out, err = lora_merge("watch", "clients/*", "--onto", "global", "--until", "7", "--json")
+    assert code == 0
+    arrived = [each for each in map(json.loads, out.splitlines()) if each["event"] == "arrival"]
+    for number in range(3):
+        said = f"org/copy-{number} has the same weights as org/client-{number}"
+        assert sum(said in line for line in err.splitlines()) == 1
+        assert sum(said in line for each in arrived for line in each["warnings"]) == 1
+    assert err.count("taken on trust") == 3  # of one, of a few, of many: not of each of seven
 
 
 def test_where_all_were_refused_nothing_is_named_as_made_and_the_way_on_is_said(

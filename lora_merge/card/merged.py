@@ -41,7 +41,7 @@ def merge_lines(ledger: Ledger) -> Iterator[str]:
     if ledger.ranks:
         yield f"* Rank: {_range(ledger.ranks)}."
     if ledger.parent:
-        yield f"* Folded onto an earlier global adapter: {cell(ledger.parent)}."
+        yield f"* Folded onto an earlier global adapter: {' at commit '.join(map(sentence, ledger.parent.split('@')))}."
 
 
 def _robust(ledger: Ledger) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import json
 import sys
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from lora_merge.cli.evaluate import evaluate
 from lora_merge.cli.export import export
 from lora_merge.cli.init import init
 from lora_merge.cli.inspect import inspect
-from lora_merge.cli.output import SCHEMA_VERSION, Output
+from lora_merge.cli.output import Output
 from lora_merge.cli.push import push
 from lora_merge.cli.recipes import recipes_app
 from lora_merge.cli.settings_file import load_defaults, require_hub_address, set_elsewhere
@@ -48,7 +47,7 @@ def lora_merge(
     ] = False,
 ) -> None:
     """Merge LoRA adapters that were fine-tuned apart: one exact mean, no server, no rounds."""
-    with Output(as_json="--json" in sys.argv).reporting():
+    with _output().reporting():
         load_defaults(context)
         require_hub_address()
 
@@ -103,15 +102,16 @@ def _run() -> int:
         if not hasattr(error, "format_message"):
             raise
         message = _sentence(error)
-        hint = set_elsewhere(message) or _way_on(error)
-        if "--json" in sys.argv:
-            record = {"code": 2, "message": message, "hint": hint}
-            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": record}, indent=2))
-        elif message.startswith("Usage: "):  # of a bare `lora-merge`, the error is the help
+        if message.startswith("Usage: ") and "--json" not in sys.argv:  # of a bare `lora-merge`, the error is the help
             print(message, file=sys.stderr)
         elif message:  # or, of an older typer, empty: it was printed already
-            Output().usage_error(message, hint)
+            _output().usage_error(message, set_elsewhere(message) or _way_on(error))
         return 2
+
+
+def _output() -> Output:
+    """Where to speak before a command does, or where none could be made of the command line."""
+    return Output(as_json="--json" in sys.argv, lines=sys.argv[1:2] == ["watch"])
 
 
 def _sentence(error: Any) -> str:

@@ -159,6 +159,9 @@ class Output:
 
     def usage_error(self, message: str, hint: str = "lora-merge --help") -> None:
         """Say that the command line itself is wrong."""
+        if self.as_json:
+            self._write(self._object({"error": {"code": UsageError.exit_code, "message": message, "hint": hint}}))
+            return
         self._talk(one_line(message), "error: ", "bold red")
         self._talk(one_line(hint), "hint: ", "cyan")
 

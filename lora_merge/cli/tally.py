@@ -132,7 +132,9 @@ def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None
     tally.refused.pop(event.source, None)
     tally.added, tally.replaced = tally.added + (not event.replaced), tally.replaced + event.replaced
     for warning in event.warnings:
-        if (kind := _kind(warning, event)) not in tally.warned:
+        # What is said of the arrival itself is news; what is said of all is said after every arrival.
+        kind = warning if warning.startswith(f"{event.client} ") else _kind(warning, event)
+        if kind not in tally.warned:
             tally.warned.add(kind)
             out.warn(warning)
     if event.again:
@@ -149,6 +151,7 @@ def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None
         "clients": tally.clients,
         "examples": examples,
         "merged_again": event.again,
+        "warnings": list(event.warnings),
         "seconds": round(event.seconds, 3),
     }
     score = _score(list(scores.of(tally.place, event)) if scores else [])
@@ -157,7 +160,7 @@ def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None
 
 
 def _kind(warning: str, event: "Arrival") -> str:
-    """A warning without the clients that it names: of many clients the same is said after every arrival."""
+    """A warning without the clients that it names."""
     for each in event.ledger.contributions:
         warning = warning.replace(each.client_id, "")
     return re.sub("[^a-z]", "", warning)
