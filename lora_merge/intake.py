@@ -132,7 +132,7 @@ def _accepted(
         clients=clients,
         refs={client: candidate.ref for client, candidate in candidates.items()},
         weights=found.n,
-        notes=[*notes, *_other_names(candidates), *selection.notes],
+        notes=[*notes, *other_names(candidates), *selection.notes],
         passed_over=notes,
         weighting=found.weighting,
         left_out=sorted(selection.left_out),
@@ -151,7 +151,7 @@ def examined(
         candidates = _examined(rooms, sources, reading.pins, selection)
         missing = {name: each.ref.room.missing_bytes(each) for name, each in candidates.items()}
         found = weighed(candidates, weights, selection)
-        notes = [*rooms.notes, *_other_names(candidates), *selection.notes]
+        notes = [*rooms.notes, *other_names(candidates), *selection.notes]
         return Examined(candidates, found.n, missing, notes, sorted(selection.left_out), found.waved_through)
 
 
@@ -202,7 +202,7 @@ def _agreeing(candidates: Mapping[str, Candidate], selection: Selection) -> dict
     return found
 
 
-def _other_names(candidates: Mapping[str, Candidate]) -> list[str]:
+def other_names(candidates: Mapping[str, Candidate]) -> list[str]:
     """A note for each repository whose statement gives another id than its own."""
     return [
         f"{candidate.ref.source} states the client id {client}; it is listed by that."

@@ -57,6 +57,24 @@ def test_a_claimed_id_is_its_repositorys(hub: LocalHub, told: Told) -> None:
         assert [each["source"] for each in merged["contributions"]] == ["org/client-0", "org/client-1"]
 
 
+def test_a_fold_and_a_watch_say_whose_id_an_arrival_states_as_one_merge_does(hub: LocalHub, run: Run) -> None:
+    publish(hub, 1)
+    for number in (1, 2):
+        hub.create(f"evil/any-{number}", adapter(f"bank/any-{number}", num_examples=10, seed=number))
+    said = [f"warning: evil/any-{number} states the client id bank/any-{number}" for number in (1, 2)]
+    for arguments in (
+        ("aggregate", "org/client-0", "evil/any-1", "--output", "one"),
+        ("aggregate", "org/client-0", "evil/any-1", "--onto", "./made"),
+        ("aggregate", "org/client-0", "--onto", "./folded"),
+        ("aggregate", "evil/any-1", "--onto", "./folded", "--dry-run"),
+        ("aggregate", "evil/any-1", "--onto", "./folded"),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, said[0] in err) == (0, "evil/any-1" in arguments), err
+    code, _, err = run("watch", "evil/any-*", "--onto", "./watched", "--until", "2", "--for", "60s")
+    assert (code, [line in err for line in said]) == (0, [True, True]), err
+
+
 def test_inspect_names_what_it_read_and_flags_a_borrowed_id(hub: LocalHub, told: Told) -> None:
     commits = publish(hub, 2)
     hub.create("evil/any", adapter("org/client-9", seed=9))

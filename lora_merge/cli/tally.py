@@ -133,7 +133,7 @@ def _arrived(out: Output, event: "Arrival", tally: Tally, scores: "Scores | None
     tally.added, tally.replaced = tally.added + (not event.replaced), tally.replaced + event.replaced
     for warning in event.warnings:
         # What is said of the arrival itself is news; what is said of all is said after every arrival.
-        kind = warning if warning.startswith(f"{event.client} ") else _kind(warning, event)
+        kind = warning if warning.startswith((f"{event.client} ", f"{event.source} ")) else _kind(warning, event)
         if kind not in tally.warned:
             tally.warned.add(kind)
             out.warn(warning)

@@ -34,7 +34,7 @@ from lora_merge.folding.by_mean import bound, worth_merging_again
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
 from lora_merge.folding.late import screened, wholly_screened, with_screening
-from lora_merge.intake import UNSCREENED, Reading
+from lora_merge.intake import UNSCREENED, Reading, other_names
 from lora_merge.ledger import Ledger, LeftOut
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import SIGNATURE_NAME, Lock
@@ -160,7 +160,8 @@ def fold_folder(
                 withdrawn=change.withdrawn,
                 again=parts.again,
                 warnings=[
-                    *(*rooms.notes, *selection.notes, *([parts.note] if parts.note else [])),
+                    *(*rooms.notes, *other_names(arrivals.candidates), *selection.notes),
+                    *([parts.note] if parts.note else []),
                     *(*claim_warnings(parts.clients), *found.warnings, *rank_warnings(ledger)),
                     *([UNSIGNED] if signed else []),
                 ],

@@ -16,7 +16,7 @@ from lora_merge.folding.change import Change, change_of
 from lora_merge.folding.corridor import How, Located, settings_of
 from lora_merge.folding.global_adapter import opened_global
 from lora_merge.folding.pinned import candidates_again
-from lora_merge.intake import UNSCREENED, Reading
+from lora_merge.intake import UNSCREENED, Reading, other_names
 from lora_merge.screening.selection import Selection
 from lora_merge.sources.reference import Candidate
 from lora_merge.sources.rooms import Rooms, open_rooms
@@ -98,7 +98,7 @@ def plan_of(
             again=again,
             gone=lost,
             to_download=sum(missing),
-            warnings=[*rooms.notes, *selection.notes],
+            warnings=[*rooms.notes, *other_names(new), *selection.notes],
         )
 
 
