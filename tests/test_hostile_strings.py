@@ -185,7 +185,7 @@ def test_an_evaluations_tables_hold_no_markup(capsys: Captured) -> None:
     numbers = {"value": 1.0, "low": 0.5, "high": 1.5}
     model = {"name": HOSTILE, "kind": "global", "loss": numbers, "perplexity": numbers, "gain_over_base": numbers}
     answers = {"prompt": HOSTILE, "answers": {HOSTILE: HOSTILE * 3}}
-    record = {"rows": 1, "rows_left_out": 0, "answer_tokens": 1, "answers": [answers]}
+    record = {"rows": 1, "rows_left_out": 0, "rows_cut": 0, "answer_tokens": 1, "answers": [answers]}
     record["models"] = [model | {"gain_over_mean_of_locals": numbers}]
     Output().result(record, show=lambda: drawn(record))
     assert [char for char in capsys.readouterr().out if char != "\n" and not char.isprintable()] == []

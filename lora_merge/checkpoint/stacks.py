@@ -47,7 +47,7 @@ class Stacks:
         if getattr(self._last, "name", None) != name:
             self._last.name, self._last.factors = name, self._folder[name]
         factors, start, stop = self._last.factors, self.bounds[name][first], self.bounds[name][end]
-        assert factors.bias is None and factors.magnitude is None  # a sum of all clients', and nobody's block
+        assert (factors.bias, factors.magnitude) == (None, None)  # sums of all, and nobody's block
         return Factors(factors.B[:, :, start:stop], factors.A[:, start:stop], 1.0)
 
 
