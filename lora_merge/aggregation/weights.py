@@ -68,7 +68,7 @@ def _as_given(ids: Sequence[str], given: Mapping[str, float], names: Mapping[str
             raise UsageError(f"The weight of {name} is {weight!r}; it must be a number.")
         if weight != 0 and not is_in_range(weight):
             raise UsageError(f"The weight of {name} is {weight!r:.40}; it must be 0, or {IN_RANGE}.")
-        by_id[client] = float(weight)
+        by_id[client] = abs(float(weight))  # -0.0 is 0
     if missing := [client for client in ids if client not in by_id]:
         raise UsageError(
             f"No weight is given for {', '.join(missing)}.", hint="Give one for every client, or --weights uniform."

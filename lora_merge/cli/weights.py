@@ -1,28 +1,31 @@
 """The options that say how clients are weighted."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.safetensors_file import parse_json
 from lora_merge.errors import NotFoundError, UsageError
 
 
 def weights_given(choice: str | None, single: list[str]) -> Any:
     """`examples`, `uniform`, or a mapping from a file and from single weights; None where nothing is said."""
-    given: dict[str, float] = {}
+    given, typed = dict[str, float](), dict[str, float]()
     if choice not in (None, "examples", "uniform"):
         given |= _weights_file(Path(choice))
     for entry in single:
         source, equals, number = entry.rpartition("=")
         try:
-            given[source] = float(number)
+            one = {source: float(number)}
         except ValueError:
             equals = ""
         if not equals:
             raise UsageError(f"--weight must be SOURCE=NUMBER, is {entry!r}.")
+        if source in typed:
+            raise UsageError(f"--weight gives {source} two weights.")
+        typed |= one
     if single and choice == "uniform":
         raise UsageError("--weights uniform and --weight exclude each other.")
-    return given or choice
+    return given | typed or choice
 
 
 def _weights_file(path: Path) -> dict[str, float]:
@@ -31,11 +34,11 @@ def _weights_file(path: Path) -> dict[str, float]:
         raise NotFoundError(f"No such weights file: {path}.", hint=hint)
     try:
         if path.suffix == ".json":
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_bytes(), "the file")
         else:
-            import yaml
+            from lora_merge.recipe_form import read_yaml
 
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = read_yaml(path.read_text(encoding="utf-8"))
     except Exception as error:  # each parser has its own errors
         raise UsageError(f"{path} cannot be read as weights: {' '.join(str(error).split())}.") from error
     if not isinstance(data, dict) or not data:

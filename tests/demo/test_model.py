@@ -59,11 +59,15 @@ def tiny_gguf(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def test_a_converted_model_holds_the_tensors_of_the_file_in_bf16(tmp_path: Path) -> None:
+def test_a_converted_model_holds_the_tensors_of_the_file_in_bf16(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tensors = tiny_gguf(tmp_path / "tiny.gguf")
+    capfd.readouterr()
     convert(tmp_path / "tiny.gguf", tmp_path / "base")
+    assert capfd.readouterr().err == ""  # no bar of a library's own
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     pairs = {
         "model.embed_tokens.weight": "token_embd.weight",

@@ -314,6 +314,9 @@ def test_wrong_settings_for_the_base_are_told_before_its_weights_are_read(
     assert "q_proj" in caught.value.hint
     with pytest.raises(UsageError, match="max_length 65: org/tiny reads at most 64 tokens"):
         train(base=hollow, max_length=65)
+    for refused in ({"r": 1025}, {"r": 2, "lora_alpha": 2001}):
+        with pytest.raises(UsageError, match="no merge takes a client of a rank above 1024, or of a scaling"):
+            train(base=hollow, **refused)
     with pytest.raises(RefusedError, match="max_length 3"):
         train(base=hollow, max_length=3)
 
