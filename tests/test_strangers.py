@@ -44,6 +44,33 @@ def test_an_allow_list_goes_by_where_an_adapter_lies_and_not_by_what_it_states(
     assert told("verify", "global")["verdict"] == "identical"
 
 
+@pytest.mark.parametrize("place", ["{}", "hf://{}", "hf://models/{}", "{url}/{}"])
+@pytest.mark.parametrize("name", ["org/client-0", "org/*-0", "org/client-0@{head}"])
+def test_lists_mean_a_repository_however_it_is_spelled(
+    place: str, name: str, hub: LocalHub, told: Told, tmp_path: Path
+) -> None:
+    publish(hub, 2)
+    in_browser = name.replace("@", "/tree/") if "{url}" in place else name
+    entry = place.format(in_browser.format(head=hub.head("org/client-0")), url=hub.url)
+    (tmp_path / "allowed").write_text(f"{entry}\n")
+    for sources in (["org/client-*"], ["hf://org/client-0", "hf://org/client-1"]):
+        excluding = told("aggregate", *sources, "--dry-run", "--exclude", entry)
+        assert [each["source"] for each in excluding["clients"]] == ["org/client-1"]
+        allowing = told("aggregate", *sources, "--dry-run", "--allow-list", "allowed", "--skip-rejected")
+        assert [each["source"] for each in allowing["clients"]] == ["org/client-0"]
+    told("aggregate", "org/client-0", "--onto", "./made")
+    told("aggregate", "org/client-*", "--onto", "./made", "--exclude", entry.partition("@")[0].partition("/tree/")[0])
+    seen = told("aggregate", "org/client-1", "--onto", "./new", "--allow-list", "allowed", code=3)["error"]["problems"]
+    assert [each["client"] for each in seen] == ["org/client-1"]
+
+
+def test_a_list_of_folders_is_none_of_repositories(hub: LocalHub, told: Told, tmp_path: Path) -> None:
+    publish(hub, 1)
+    for entry in ("./org/client-0", str(tmp_path / "org" / "client-0"), "*", "**", "client-0", "models/org/client-0"):
+        (tmp_path / "allowed").write_text(f"{entry}\n")
+        told("aggregate", "org/client-0", "--dry-run", "--allow-list", "allowed", code=3)
+
+
 def test_a_claimed_id_is_its_repositorys(hub: LocalHub, told: Told) -> None:
     publish(hub, 2)
     hub.create("evil/any", adapter("org/client-1", num_examples=9, seed=9))

@@ -217,7 +217,7 @@ def test_exclusions_by_source_and_by_id_and_an_allow_list_are_heeded(watcher: Wa
     for number in range(4):
         client(watcher.clients, number)
     allowed = watcher.folder / "allowed"
-    allowed.write_text("client-0\nclient-1\nclient-3\n")
+    allowed.write_text("".join(f"{watcher.clients}/client-{number}\n" for number in (0, 1, 3)))
     screening = Screening(exclude=("client-0", "org/client-3", "org/nobody-yet"), allow_list=allowed)
     events = watcher(screening=screening)
     assert watcher.members == ["org/client-1"]

@@ -10,6 +10,7 @@ from lora_merge.checkpoint.peft_folder import LEDGER_NAME
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, one_line
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.stops import Screening
+from lora_merge.sources.addresses import Entry, addresses_of
 from lora_merge.sources.reference import AdapterRef, Candidate
 
 LONGEST_REASON = 400  # characters; a ledger takes short texts
@@ -63,14 +64,47 @@ class Selection:
             raise RefusedError(self.problems, hint=" ".join([*self.hints, *skip]))
 
 
-def listed(refs: Iterable[AdapterRef], selection: Selection) -> list[AdapterRef]:
-    """Those that are not excluded and are on the allow-list, as far as their source says; nothing of them is read."""
-    allowed = read_list(selection.screening.allow_list)
+@dataclass(frozen=True)
+class Lists:
+    """The user's lists: of who is excluded, and of who is allowed; None where everybody is."""
+
+    exclude: Sequence[Entry]
+    allowed: Sequence[Entry] | None
+
+    def excluded(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, str]:
+        """The entry that excludes each adapter that one does, by its place or its source's name."""
+        at = {ref: addresses_of(ref) for ref in refs}
+        found: dict[AdapterRef, str] = {}
+        for entry in self.exclude:
+            called_so = [ref for ref in at if _matching([entry.text], _names(ref))]
+            found = dict.fromkeys((*entry.named(at), *called_so), entry.text) | found
+        return found
+
+    def allow(self, ref: AdapterRef) -> bool:
+        """Whether an adapter may take part: by its place alone, since folders of one name are many."""
+        at = addresses_of(ref)
+        return self.allowed is None or any(entry.means(at) for entry in self.allowed)
+
+
+def lists_of(screening: Screening) -> Lists:
+    """The lists, read; the errors of `read_list`."""
+    allowed = read_list(screening.allow_list)
+    return Lists([*map(Entry, screening.exclude)], None if allowed is None else [*map(Entry, allowed)])
+
+
+def listed(refs: Sequence[AdapterRef], selection: Selection, lists: Lists | None = None) -> list[AdapterRef]:
+    """Those that are not excluded and are on the allow-list, as far as their source says; nothing of them is read.
+
+    Args:
+        lists: those of the selection, where they were read already.
+    """
+    lists = lists or lists_of(selection.screening)
+    excluded = lists.excluded(refs)
     taking_part = []
     for ref in refs:
-        if entry := _matching(selection.screening.exclude, _names(ref)):
+        if entry := excluded.get(ref):
             selection.leave_out(ref, f"excluded by {entry}")
-        elif allowed is not None and not _matching(allowed, _names(ref)):
+        elif not lists.allow(ref):
             selection.refuse(ref, [Problem(ref.source, "allow-list", "is not on it")])
         else:
             taking_part.append(ref)
@@ -107,15 +141,30 @@ def by_client_id(candidates: Sequence[Candidate], selection: Selection) -> dict[
     return {client: owner for client in sorted(claims) if (owner := _owner(client, claims[client], selection))}
 
 
+def unused_exclusions(
+    refs: Sequence[AdapterRef], candidates: Sequence[Candidate], exclude: Sequence[str], known: Collection[str] = ()
+) -> list[str]:
+    """The exclusions that are nobody's source or client id.
+
+    Args:
+        known: names of clients that are in already.
+    """
+    at = {ref: addresses_of(ref) for ref in refs}
+    names = [*(name for ref in refs for name in _names(ref)), *map(client_id, candidates), *known]
+    repositories = frozenset(f"hf://{name}" for name in known)
+    return [
+        entry.text
+        for entry in map(Entry, exclude)
+        if not (_matching([entry.text], names) or entry.named(at) or entry.means(repositories))
+    ]
+
+
 def require_exclusions_used(
     refs: Sequence[AdapterRef], candidates: Sequence[Candidate], exclude: Sequence[str], known: Collection[str] = ()
 ) -> None:
     """Raise `UsageError` for an exclusion that excludes nobody: a slip there would let somebody in."""
-    stated = [client_id(candidate) for candidate in candidates]
-    names = [*(name for ref in refs for name in _names(ref)), *stated, *known]
-    for entry in exclude:
-        if not _matching([entry], names):
-            raise UsageError(f"--exclude {one_line(entry)} is none of the sources or client ids.")
+    for entry in unused_exclusions(refs, candidates, exclude, known):
+        raise UsageError(f"--exclude {one_line(entry)} is none of the sources or client ids.")
 
 
 def client_id(candidate: Candidate) -> str:
@@ -132,8 +181,8 @@ def is_folder(ref: AdapterRef) -> bool:
 def read_list(path: str | Path | None) -> list[str] | None:
     """The entries of an allow-list: one a line, `#` begins a comment; None where no list is given.
 
-    An entry is a source, `SOURCE@COMMIT`, or a pattern of them (`org/hospital-*`); it is no client id, since anybody
-    can state any id.
+    An entry is what names a source on the command line (a path goes on from the present folder), `SOURCE@COMMIT`, or a
+    pattern of them (`org/hospital-*`); it is no client id, since anybody can state any id.
 
     Raises:
         NotFoundError: there is no such file.
@@ -155,8 +204,8 @@ def read_list(path: str | Path | None) -> list[str] | None:
 
 
 def _names(ref: AdapterRef) -> list[str]:
-    """What an entry may call an adapter by; the user's own word too, where it is no pattern."""
-    names = [ref.source, ref.place, *([ref.given] if is_folder(ref) else [])]
+    """What an exclusion may call an adapter by, beside where it lies."""
+    names = [ref.source, ref.place]
     return [*names, f"{ref.source}@{ref.commit}"] if ref.commit else names
 
 

@@ -127,6 +127,15 @@ class FilesystemRoom:
             advance(len(chunk))
 
 
+def url_of(url: str) -> str:
+    """`url` as it is written of the folders that it names; as it stands where nothing here can read it."""
+    try:
+        filesystem, path = _open(url)
+    except LoraMergeError:
+        return url
+    return str(filesystem.unstrip_protocol(path)).rstrip("/")
+
+
 def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]

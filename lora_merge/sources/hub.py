@@ -69,7 +69,7 @@ class HubRoom:
             NotFoundError: there is none; with near misses.
             UsageError: it has the form of no source.
         """
-        name = _bare(source)
+        name = bare(source)
         if collection := re.fullmatch(r"collections/(.+)", name):
             return self._collection(collection[1], source)
         if _COLLECTION.fullmatch(name) and not source.startswith("hf://"):
@@ -254,7 +254,7 @@ def is_web_address(source: str) -> bool:
     return source.startswith((f"{endpoint()}/", "https://huggingface.co/", "https://hf.co/"))
 
 
-def _bare(source: str) -> str:
+def bare(source: str) -> str:
     """`org/name@revision` or `collections/…`, from those with `hf://` before and from a browser's address."""
     if is_web_address(source):
         path = source.partition("://")[2].partition("/")[2].split("?")[0].rstrip("/")

@@ -81,6 +81,22 @@ def folders_named(sources: Sequence[str | Path]) -> Iterator[Path]:
         yield from [path] if path.exists() else (match for match in matches if not _marks(match))
 
 
+def is_pattern(source: str) -> bool:
+    """Whether `source` is a glob: what is called so here is none."""
+    return glob.has_magic(source) and not os.path.lexists(source)
+
+
+def whole_paths(source: str) -> frozenset[str]:
+    """The whole path of what `source` names, or of its glob: as it is spelled, and that without links."""
+    return frozenset((whole_path(source), os.path.realpath(_path(source))))
+
+
+def whole_path(source: str) -> str:
+    """The whole path of what `source` names, or of its glob, with its links; beside a `..` they decide where it is."""
+    path = _path(source)
+    return os.path.realpath(path) if ".." in path.parts else os.path.abspath(path)
+
+
 def _path(source: str) -> Path:
     """What is called so here; else with `~` as the home that it means, which no shell puts into a quoted pattern."""
     return Path(source if os.path.exists(source) else os.path.expanduser(source))

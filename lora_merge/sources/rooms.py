@@ -22,7 +22,7 @@ from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progres
 if TYPE_CHECKING:
     from lora_merge.sources.hub import HubRoom
 
-_ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.\-*?\[\]!]+(@\S+)?")
 _WILD = re.compile(r"[*?\[]")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -141,7 +141,7 @@ class Rooms:
         self, named: Sequence[tuple[Room, str]], error: NetworkError | NotFoundError
     ) -> NetworkError | NotFoundError:
         """`error`, with what is to be said of those sources that could have meant the other place."""
-        either = [(room, text) for room, text in named if _ON_THE_HUB.fullmatch(text) and not is_folder(text)]
+        either = [(room, text) for room, text in named if ON_THE_HUB.fullmatch(text) and not is_folder(text)]
         hub, offline = vars(self).get("_hub"), isinstance(error, NetworkError)
         asked = [text for room, text in either if room is hub and (offline or _owner_is_here(text))]
         sought = [f"hf://{text}" for room, text in either if room is not hub]
@@ -156,11 +156,9 @@ class Rooms:
             return self._local
         if not text.strip():
             raise UsageError("A source is empty.", hint="Is a variable of the shell not set?")
-        if text.startswith("hf://"):
-            return self._hub
         if "://" in text:
-            return self._hub if _is_web_address(text) else self._filesystem
-        if not _ON_THE_HUB.fullmatch(text) or text.startswith("."):
+            return self._hub if is_on_the_hub(text) else self._filesystem
+        if not ON_THE_HUB.fullmatch(text) or text.startswith("."):
             return self._local
         if is_folder(text) or Path(text).exists() or (_WILD.search(text) and _owner_is_here(text)):
             return self._local  # of a file, or where arrivals are waited for, it says what is missing
@@ -202,9 +200,10 @@ def _require_space(missing: Mapping[AdapterRef, int]) -> None:
             raise StorageError(f"{room.store} has {free:,} bytes free, and {needed:,} are to be downloaded.")
 
 
-def _is_web_address(text: str) -> bool:
+def is_on_the_hub(text: str) -> bool:
+    """Whether `text` names a repository and can be nothing else: `hf://…`, or its address in a browser."""
     if not text.startswith(("http://", "https://")):
-        return False
+        return text.startswith("hf://")
     from lora_merge.sources.hub import is_web_address
 
     return is_web_address(text)

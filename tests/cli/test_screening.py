@@ -203,6 +203,53 @@ def test_an_allow_list_lets_in_whom_it_names(lora_merge: Run, tmp_path: Path) ->
     assert list(weights()) == ["org/a", "org/b", "org/c"]
 
 
+SPELLINGS = (
+    "d",
+    "./d/",
+    "{here}/d",
+    "../{here.name}/d",
+    "b/../d",
+    "linked/d",
+    "linked/../{here.name}/d",
+    "file://{here}/d",
+)
+PATTERNS = ("[d]", "{here}/[d]", "linked/[d]", "../*/[d]", "{here.parent}/**/[d]")
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize("entry", [*SPELLINGS, *PATTERNS])
+@pytest.mark.parametrize("source", [*SPELLINGS, "[d]"])
+def test_lists_mean_places_however_they_are_spelled(entry: str, source: str, lora_merge: Run, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(tmp_path)
+    entry, source = entry.format(here=tmp_path), source.format(here=tmp_path)
+    Path("allowed").write_text(f"{entry}\n")
+    run = ("aggregate", "[abc]", source, "--dry-run", "--json")
+    excluding = json.loads(lora_merge(*run, "--exclude", entry)[1])
+    assert [each["client_id"] for each in excluding["clients"]] == ["org/a", "org/b", "org/c"]
+    allowing = json.loads(lora_merge(*run, "--allow-list", "allowed", "--skip-rejected")[1])
+    assert [each["client_id"] for each in allowing["clients"]] == ["org/d"]
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize(
+    "entry", ["d", "[d]", "*", "evil/*", "./**/d", "x/d", "evil/x", "evil/x/d/d", "org/d", "b/../x/d"]
+)
+def test_an_allow_list_lets_in_no_other_folder_of_the_same_name(entry: str, lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / "evil" / "x" / "d", seed=7)
+    Path("allowed").write_text(f"{entry}\n")
+    admitted = lora_merge("aggregate", "evil/x/d", "--dry-run", "--allow-list", "allowed")[0] == 0
+    assert admitted == (entry == "./**/d")
+
+
+@pytest.mark.usefixtures("four")
+def test_a_folder_whose_name_looks_like_a_pattern_stands_for_itself(lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / "[abcd]", seed=7, num_examples=None)
+    Path("allowed").write_text("[abcd]\n")
+    run = ("aggregate", "--dry-run", "--weights", "uniform", "--allow-list", "allowed")
+    assert lora_merge(*run, "./[abcd]")[0] == 0
+    assert lora_merge(*run, "a")[0] == 3
+
+
 @pytest.mark.usefixtures("four")
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),

@@ -9,6 +9,7 @@ import pytest
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.folding.onto import fold
 from lora_merge.pipeline import aggregate
+from lora_merge.screening.stops import Screening
 from lora_merge.sources.filesystems import FilesystemRoom
 from lora_merge.sources.reference import Advance, Candidate
 from tests.conftest import digests
@@ -57,6 +58,18 @@ def test_urls_give_the_bytes_that_folders_give(
     recorded = [(entry.source, entry.commit) for entry in ours.ledger.contributions]
     assert recorded == [("memory:///clients/a", None), ("memory:///clients/b", None)]
     assert not list(temporary.iterdir()), "what was fetched is gone"
+
+
+@pytest.mark.usefixtures("memory")
+@pytest.mark.parametrize("entry", ["memory://clients/a", "memory:///clients/a/", "memory://clients/[a]"])
+def test_lists_mean_a_url_however_it_is_written(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "allowed").write_text(entry)
+    for screening, left in (
+        (Screening(exclude=[entry]), "b"),
+        (Screening(allow_list=tmp_path / "allowed", skip_rejected=True), "a"),
+    ):
+        made = aggregate(["memory://clients/*"], tmp_path / left, screening=screening)
+        assert [each.client_id for each in made.ledger.contributions] == [f"org/{left}"]
 
 
 def test_file_urls_and_mixed_places(memory: object, folders: list[Path], tmp_path: Path) -> None:
