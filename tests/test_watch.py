@@ -224,6 +224,30 @@ def test_exclusions_by_source_and_by_id_and_an_allow_list_are_heeded(watcher: Wa
     reasons = {each.source: each.reason for each in events if isinstance(each, Refusal)}
     assert reasons.keys() == {"client-0", "client-2", "client-3"}
     assert "allow-list" in reasons["client-2"]
+    assert [line for line in watcher.told if "--exclude" in line] == [
+        "--exclude org/nobody-yet is nobody who is here yet. Whoever comes by it stays out."
+    ]
+
+
+def test_an_exclusion_holds_however_a_place_is_spelled(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(watcher.folder)
+    (watcher.folder / "linked").symlink_to("clients")
+    for number in range(7):
+        client(watcher.clients, number)
+    whole = f"{watcher.clients}/client-0"
+    spelled = ("clients/client-1", "./clients/client-2/", "linked/client-3", "clients/../linked/client-4", "~/*-5")
+    monkeypatch.setenv("HOME", str(watcher.clients))
+    watcher(screening=Screening(exclude=(whole, *spelled)))
+    assert watcher.members == ["org/client-6"]
+    assert [line for line in watcher.told if "--exclude" in line] == []
+    watcher(screening=Screening(exclude=(whole, *spelled, "clients/client-6", "clients/client-7")))
+    assert [line.split()[1] for line in watcher.told if "--exclude" in line] == ["clients/client-7"]
+
+
+def test_an_allow_list_that_is_not_there_ends_the_watch(watcher: Watcher) -> None:
+    client(watcher.clients, 0)
+    with pytest.raises(NotFoundError, match="No such allow-list"):
+        watcher(screening=Screening(allow_list=watcher.folder / "none"))
 
 
 def test_after_a_conflict_it_looks_again_and_folds_what_is_still_missing(

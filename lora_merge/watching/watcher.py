@@ -15,16 +15,17 @@ from lora_merge.errors import (
     RefusedError,
     StorageError,
     UsageError,
+    one_line,
 )
 from lora_merge.folding.arrivals import require_cap
 from lora_merge.folding.corridor import require_folds
 from lora_merge.folding.onto import Fold, fold
 from lora_merge.intake import Reading
 from lora_merge.options import merge_settings, require_sound
-from lora_merge.screening.selection import Selection, by_client_id, listed
+from lora_merge.screening.selection import Lists, Selection, by_client_id, listed, lists_of, unused_exclusions
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import cap_in
-from lora_merge.sources.reference import AdapterRef
+from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms, open_rooms
 from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
 from lora_merge.watching.refusing import blamed, refusal_of
@@ -55,6 +56,7 @@ class Watcher:
         blocked: places refused since somebody who is in stands against them: tried again when those who are in change.
         been_in: the version of each place that was seen in the global adapter.
         said: what was told, so that it is told once.
+        looked: whether it has seen what the sources hold.
     """
 
     sources: Sequence[str | Path]
@@ -73,6 +75,7 @@ class Watcher:
     blocked: set[str] = field(default_factory=set)
     been_in: dict[str, str] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    looked: bool = False
     at_hand: list[AdapterRef] = field(default_factory=list)
     with_files: bool = False
     doubted: Counter[str] = field(default_factory=Counter)
@@ -189,6 +192,7 @@ class Watcher:
         """What is to come in, new clients before new versions; and who is refused before anything of them is read."""
         refs, absent = sighted(rooms, self.sources, self.place)
         self._tell_once(*(f"{reason} Waiting for it." for reason in absent))
+        lists, seen = lists_of(self.screening), list[Candidate]()
         new: list[tuple[AdapterRef, str]] = []
         newer: list[tuple[AdapterRef, str]] = []
         refusals: list[Refusal] = []
@@ -202,22 +206,34 @@ class Watcher:
                     self.at_hand += [] if ref.commit else [ref]
                 elif version in (self.refused.get(ref.place), None if same else self.been_in.get(ref.place)):
                     continue
-                elif refusal := self._left_out(rooms, ref, version):
+                elif refusal := self._left_out(rooms, ref, version, lists, seen):
                     refusals += refusal
                 else:
                     (newer if same else new).append((ref, version))
+        if not self.looked:
+            self._say_who_was_not_seen(refs, seen, now)
+        self.looked = True
         return [*new, *newer], refusals
+
+    def _say_who_was_not_seen(self, refs: Sequence[AdapterRef], seen: Sequence[Candidate], now: Now) -> None:
+        """Of exclusions: one that is misspelled keeps nobody out, and one of somebody who comes later is right."""
+        known = [name for each in now.contributions for name in (each.client_id, each.source)]
+        for entry in unused_exclusions(refs, seen, self.screening.exclude, known):
+            self.reading.tell(f"--exclude {one_line(entry)} is nobody who is here yet. Whoever comes by it stays out.")
 
     def _hashes(self, ref: AdapterRef, version: str, rooms: Rooms) -> Mapping[str, str] | None:
         return None if ref.commit else self.hashes.of(ref, version, rooms, self.reading)
 
-    def _left_out(self, rooms: Rooms, ref: AdapterRef, version: str) -> list[Refusal]:
-        """A refusal where the user's lists leave it out, by its source or by the id that it states."""
+    def _left_out(
+        self, rooms: Rooms, ref: AdapterRef, version: str, lists: Lists, seen: list[Candidate]
+    ) -> list[Refusal]:
+        """A refusal where the user's lists leave it out, by its source or by the id that it states; `seen` gets it."""
         selection = Selection(self.screening)
-        taking_part = listed([ref], selection)
+        taking_part = listed([ref], selection, lists)
         if taking_part and self.screening.exclude:
             with suppress(RefusedError):  # folding it will say why
-                by_client_id(rooms.examine(taking_part), selection)
+                seen += (found := rooms.examine(taking_part))
+                by_client_id(found, selection)
         if not selection.left_out:
             return []
         return [self._left(ref, version, selection.left_out[0].reason)]
