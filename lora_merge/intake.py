@@ -15,6 +15,7 @@ from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.measuring import copies, read_all
+from lora_merge.screening.report import whole_report
 from lora_merge.screening.selection import Selection, by_client_id, clients_among, listed, require_exclusions_used
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import weighed
@@ -103,20 +104,30 @@ def accepted(
         NetworkError: the Hub cannot be reached.
     """
     selection = Selection(screening or UNSCREENED)
-    opened: dict[str, PeftFolder] = {}
-    with open_rooms(reading.max_wait, reading.tell, reading.pins) as rooms:
+    with (
+        open_rooms(reading.max_wait, reading.tell, reading.pins) as rooms,
+        opening() as opened,
+        whole_report(selection, opened, reading.progress),
+    ):
         candidates = _examined(rooms, sources, reading.pins, selection)
         weighed(candidates, weights, selection)  # may stop, before anything is downloaded
-        try:
-            open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
-            sketched = {client: Sketched(folder) for client, folder in opened.items()} if screening else {}
-            clients = _without_what_reading_finds(opened, sketched, candidates, selection)
-            yield _accepted(
-                {client: candidates[client] for client in clients}, clients, sketched, weights, selection, rooms.notes
-            )
-        finally:
-            for folder in opened.values():
-                folder.close()
+        open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
+        sketched = {client: Sketched(folder) for client, folder in opened.items()} if screening else {}
+        clients = _without_what_reading_finds(opened, sketched, candidates, selection)
+        yield _accepted(
+            {client: candidates[client] for client in clients}, clients, sketched, weights, selection, rooms.notes
+        )
+
+
+@contextmanager
+def opening() -> Iterator[dict[str, PeftFolder]]:
+    """Open folders by client id, none at first; all are closed at the end."""
+    opened: dict[str, PeftFolder] = {}
+    try:
+        yield opened
+    finally:
+        for folder in opened.values():
+            folder.close()
 
 
 def _accepted(
@@ -180,7 +191,11 @@ def candidates_of(
     require_once(taking_part)
     candidates = rooms.examine(taking_part, selection.refuse)
     require_exclusions_used(refs, candidates, selection.screening.exclude, known)
-    found = _agreeing(by_client_id(clients_among(candidates, selection), selection), selection)
+    claimed = by_client_id(clients_among(candidates, selection), selection)
+    nobodys = {problem.client for problem in selection.problems}  # of those, only the source is known
+    selection.taking_part |= {ref.source: ref for ref in taking_part if ref.source in nobodys}
+    selection.taking_part |= {client: candidate.ref for client, candidate in claimed.items()}
+    found = _agreeing(claimed, selection)
     selection.require(len(found))
     return found
 
@@ -279,7 +294,7 @@ def _without_what_reading_finds(
     if not sketched or not (skips or drops):
         return clients
     with pool() as threads:
-        for client, problems in read_all(sketched, threads).items():
+        for client, problems in read_all(sketched, opened, threads).items():
             selection.refuse(candidates[client].ref, problems, client)
             del clients[client]
         selection.require(len(clients))

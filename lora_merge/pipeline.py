@@ -23,7 +23,7 @@ from lora_merge.checkpoint.peft_folder import CORE_NAME, WEIGHTS_NAME, PeftFolde
 from lora_merge.checkpoint.planned import CertificateMode, Settings
 from lora_merge.defence import Defended, defended, with_defence
 from lora_merge.environment import device_named
-from lora_merge.errors import RefusedError, StorageError
+from lora_merge.errors import StorageError
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.intake import Reading, accepted
 from lora_merge.ledger import Ledger
@@ -179,14 +179,10 @@ def merge_defended(
 def merge_modules(
     federation: Federation, settings: Settings, path: Path, threads: ThreadPoolExecutor, progress: Progress
 ) -> Merged:
-    """Merge every module into the file `path`; raises `RefusedError` with every tensor that is refused."""
-    try:
-        merges = merge.plan(federation, settings, threads)
-        with progress("Merging", len(merges), "modules") as advance:
-            return merge.write(merges, settings, path, threads, advance)
-    except RefusedError as error:
-        # One tensor was refused; before saying so, look at all the others too.
-        raise RefusedError([*error.problems, *merge.value_problems(federation, threads)], hint=error.hint) from None
+    """Merge every module into the file `path`; raises `RefusedError` where the method, or a tensor, is refused."""
+    merges = merge.plan(federation, settings, threads)
+    with progress("Merging", len(merges), "modules") as advance:
+        return merge.write(merges, settings, path, threads, advance)
 
 
 def require_same_files(folders: Mapping[str, PeftFolder]) -> None:

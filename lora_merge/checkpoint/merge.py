@@ -68,20 +68,6 @@ def write(
         writer.close()
 
 
-def value_problems(federation: Federation, threads: ThreadPoolExecutor) -> list[Problem]:
-    """Read every tensor of every client, and name each that holds NaN or infinity or cannot be read."""
-
-    def problems_of(task: tuple[int, str]) -> Sequence[Problem]:
-        try:
-            federation.read(federation.clients[task[0]], task[1])
-        except RefusedError as error:
-            return error.problems
-        return ()
-
-    tasks = [(i, name) for i, client in enumerate(federation.clients) for name in client.adapter.specs]
-    return [problem for problems in over(threads, problems_of, tasks) for problem in problems]
-
-
 def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | list[Problem]:
     spec = federation.spec(name)
     if isinstance(spec, FullSpec):

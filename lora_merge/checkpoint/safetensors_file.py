@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 MAX_DEPTH = 20  # of JSON; ours nests 6 deep, and a recipe's settings less
+PIECE_BYTES = 1 << 24  # that are read at once where a tensor is only looked at
 MAX_DIGITS = 300  # of a whole number: all of these are finite as floats too
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
@@ -62,13 +63,24 @@ class SafetensorsFile:
         Raises:
             FileRefused: the file is shorter than its header says, or the tensor holds NaN or infinity.
         """
+        entry = self.entries[name]
+        return self._read(name, 0, entry.nbytes).reshape(entry.shape)
+
+    def require_finite(self, name: str) -> None:
+        """Raise `FileRefused` where `read` would; whatever the tensor's size, little memory is needed."""
+        nbytes = self.entries[name].nbytes
+        for start in range(0, nbytes, PIECE_BYTES):
+            self._read(name, start, min(PIECE_BYTES, nbytes - start))
+
+    def _read(self, name: str, start: int, nbytes: int) -> "Tensor":
+        """So many bytes of the tensor `name` from `start`, as fp32, flat."""
         import torch
 
         entry = self.entries[name]
         kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry.dtype]
-        tensor = torch.empty(entry.shape, dtype=kind)
-        buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        _read_into(self.descriptor, memoryview(buffer), entry.offset, name)
+        tensor = torch.empty(nbytes // ITEM_BYTES[entry.dtype], dtype=kind)
+        buffer: Any = tensor.view(torch.uint8).numpy()
+        _read_into(self.descriptor, memoryview(buffer), entry.offset + start, name)
         tensor = tensor.float()
         if not is_finite(tensor):
             raise FileRefused(name, "holds NaN or infinity")

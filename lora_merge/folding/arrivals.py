@@ -9,8 +9,9 @@ from pathlib import Path
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.peft_folder import PeftFolder, open_folder
 from lora_merge.errors import NotFoundError, Problem, UsageError
-from lora_merge.intake import Reading, candidates_of, fetched, open_clients
+from lora_merge.intake import Reading, candidates_of, fetched, open_clients, opening
 from lora_merge.ledger import Contribution, Ledger
+from lora_merge.screening.report import whole_report
 from lora_merge.screening.selection import Selection, is_folder
 from lora_merge.screening.stops import cap_of, let_in
 from lora_merge.screening.weighing import Weighed, cap_in, weighed
@@ -53,9 +54,8 @@ def arriving(
     Raises:
         RefusedError: with every problem of every adapter, such as an id that is in from somewhere else.
     """
-    candidates, before = _candidates(rooms, refs, kept, selection)
-    opened: dict[str, PeftFolder] = {}
-    try:
+    with opening() as opened, whole_report(selection, opened, reading.progress):
+        candidates, before = _candidates(rooms, refs, kept, selection)
         open_clients(opened, fetched(rooms, candidates, reading, selection), candidates, selection)
         hashes = {client: folder.sha256() for client, folder in opened.items()}
         known = {client for client in opened if (old := before[client]) and _is_same(client, old, hashes[client])}
@@ -66,9 +66,6 @@ def arriving(
             {client: folder for client, folder in opened.items() if client in known},
             hashes,
         )
-    finally:
-        for folder in opened.values():
-            folder.close()
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,11 @@ def screened(
         arrivals = _without_misfits(arrivals, before, stay, selection)
     sketched = {client: Sketched(folder) for client, folder in arrivals.new.items()}
     with pool() as threads:
-        problems = read_all(sketched, threads)
+        problems = read_all(sketched, arrivals.new, threads)
         for client, reasons in problems.items():
             selection.refuse(arrivals.candidates[client].ref, reasons, client)
+        if problems and not selection.screening.skip_rejected:
+            _without_misfits(arrivals, before, stay, selection)  # what stops the fold comes in one report
         selection.require(len(sketched) - len(problems))
         arrivals = _without(arrivals, problems)
         if not arrivals.new:

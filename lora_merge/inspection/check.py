@@ -86,7 +86,7 @@ def check(source: str, reading: Reading) -> Checked:
                 return replace(found, refusals=_together(merging, pushing), warnings=[warning])
             with merging.noted(), _opened(folder, refs[0]) as adapter:
                 adapted = Sketched(adapter)
-                problems = _problems(adapted, refs[0])
+                problems = _problems(adapted, adapter, refs[0])
                 found = _with_facts(found, adapter, adapted)
                 if problems:
                     raise RefusedError(problems)
@@ -137,10 +137,10 @@ def _opened(folder: Path, ref: AdapterRef) -> Iterator[PeftFolder]:
         yield adapter
 
 
-def _problems(adapter: Sketched, ref: AdapterRef) -> list[Problem]:
+def _problems(adapter: Sketched, folder: PeftFolder, ref: AdapterRef) -> list[Problem]:
     """What reading every tensor finds."""
     with pool() as threads:
-        return read_all({ref.source: adapter}, threads).get(ref.source, [])
+        return read_all({ref.source: adapter}, {ref.source: folder}, threads).get(ref.source, [])
 
 
 def _with_facts(found: Checked, adapter: PeftFolder, sketched: Sketched) -> Checked:

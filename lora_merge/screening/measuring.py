@@ -14,7 +14,8 @@ from lora_merge.aggregation.apart import distance, fingerprint, trained_whole
 from lora_merge.aggregation.schedule import over
 from lora_merge.aggregation.sketch import Sketched, cosines, cosines_to_blocks
 from lora_merge.checkpoint.federation import Federation
-from lora_merge.checkpoint.safetensors_file import FileRefused
+from lora_merge.checkpoint.peft_folder import PeftFolder
+from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile
 from lora_merge.errors import Problem, RefusedError, one_line
 from lora_merge.screening.stops import (
     WAY_BY_BASE,
@@ -99,14 +100,22 @@ def let_past(problems: Sequence[Problem], screening: Screening, hint: str) -> li
     return [one_line(f"{each} (--allow-outliers)")[:LONGEST_LINE] for each in problems]
 
 
-def read_all(clients: Mapping[str, Sketched], threads: ThreadPoolExecutor) -> dict[str, list[Problem]]:
-    """Read, and so sketch, every update; the problems of each client that has any."""
+def read_all(
+    clients: Mapping[str, Sketched], folders: Mapping[str, PeftFolder], threads: ThreadPoolExecutor
+) -> dict[str, list[Problem]]:
+    """Read, and so sketch, every update; the problems of each client that has any.
+
+    Args:
+        folders: the open folder of each client.
+    """
     tasks = [(client, module) for client, adapter in clients.items() for module in adapter.specs]
     found: dict[str, list[Problem]] = {}
     for problem in over(threads, partial(_problem, clients), tasks):
         if problem is not None:
             found.setdefault(problem.client, []).append(problem)
-    return found
+    # Of a module, only the first tensor was named: who has one such is looked at whole.
+    whole = {client: value_problems(client, folders[client].file, threads) for client in found}
+    return {client: sorted({*first, *whole[client]}) for client, first in found.items()}
 
 
 def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem | None:
@@ -116,6 +125,19 @@ def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem 
     except FileRefused as error:
         return Problem(client, error.field, error.reason)
     return None
+
+
+def value_problems(client: str, file: SafetensorsFile, threads: ThreadPoolExecutor) -> list[Problem]:
+    """Read a whole weights file: a problem of `client` for each tensor that holds NaN or infinity, or is cut short."""
+
+    def problem_of(tensor: str) -> Problem | None:
+        try:
+            file.require_finite(tensor)
+        except FileRefused as error:
+            return Problem(client, error.field, error.reason)
+        return None
+
+    return [problem for problem in over(threads, problem_of, file.entries) if problem is not None]
 
 
 def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Held | None = None) -> list[Copy]:

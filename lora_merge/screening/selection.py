@@ -26,6 +26,7 @@ class Selection:
         gone: every name that those who are left out go by.
         problems: why the refused are.
         hints: what the user may do about that, each once.
+        taking_part: who is neither excluded nor unlisted, be it refused, by the name that its problems have.
     """
 
     screening: Screening
@@ -34,6 +35,7 @@ class Selection:
     gone: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     hints: dict[str, None] = field(default_factory=dict)
+    taking_part: dict[str, AdapterRef] = field(default_factory=dict)
 
     def leave_out(self, ref: AdapterRef, reason: str, client: str | None = None) -> None:
         """Name an adapter that is not merged, by the user's own choice."""
