@@ -104,7 +104,7 @@ def _config(text: str) -> AdapterConfig:
     if unknown := sorted(set(claims) - {_BASE, *_CONFIG}):
         raise ClaimsError(f"claims.{unknown[0][:100]}", "unknown entry")
     config, problems = read_config({"peft_type": "LORA", "init_lora_weights": True, **claims})
-    if problems:
+    if config is None or problems:
         raise ClaimsError(f"claims.{problems[0].field}", problems[0].reason)
     return config
 

@@ -138,15 +138,17 @@ class ConfigReader:
         return value
 
 
-def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[AdapterConfig, list[FileRefused]]:
-    """A parsed adapter_config.json, and every reason to refuse it (none, for one that is accepted)."""
+def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[AdapterConfig | None, list[FileRefused]]:
+    """A parsed adapter_config.json, and every reason to refuse it (none, for one that is accepted).
+
+    The config is None where what it says of the tensors is refused, so that they cannot be held against it.
+    """
     reader = ConfigReader(data)
 
     def is_rank(value: object) -> bool:
         return type(value) is int and 1 <= value <= max_r
 
     take = reader.take
-    reader.problems += _refusals(data)
     config = AdapterConfig(
         # PEFT before 0.20 writes an empty name where a model came from no repository.
         base_model=take("base_model_name_or_path", None, _is_text_or_empty, "a text") or None,
@@ -164,7 +166,8 @@ def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[Adapter
         target_parameters=tuple(take("target_parameters", (), _is_names, "a list of parameter names")),
         trainable_token_indices=_token_indices(reader),
     )
-    return config, reader.problems
+    is_readable = not reader.problems and data.get("peft_type") == "LORA"
+    return config if is_readable else None, [*_refusals(data), *reader.problems]
 
 
 def _refusals(data: Mapping[str, Any]) -> Iterator[FileRefused]:

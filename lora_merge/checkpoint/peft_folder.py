@@ -130,9 +130,10 @@ def describe(
     problems: list[FileRefused] = []
     statement = config = None
     try:
-        data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME)
-        config, problems = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
-        if config.largest_rank > MAX_R:
+        data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME, endless=problems)
+        config, refused = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
+        problems += refused
+        if config is not None and config.largest_rank > MAX_R:
             ledger_of(read(LEDGER_NAME, ledger.MAX_BYTES))  # without one it is a client's, however wide it is
     except FileRefused as problem:
         problems.append(problem)
@@ -148,9 +149,10 @@ def describe(
         raise _no_access(error) from error
     except OSError as error:
         raise FolderRefused([*problems, FileRefused(WEIGHTS_NAME, error.strerror or "cannot be read")]) from None
-    if config is not None and not problems:
-        stored, problems = find_updates(header, config)
-        if not (problems := problems or list(_too_wide(stored, config))):
+    if config is not None:
+        stored, refused = find_updates(header, config)
+        problems += refused or _too_wide(stored, config)
+        if not problems:
             return Description(config, statement, stored)
     raise FolderRefused(problems)
 

@@ -163,8 +163,13 @@ def read_header(text: bytes, size: int) -> Mapping[str, TensorEntry]:
     return entries
 
 
-def parse_json(text: bytes, field: str) -> dict[str, Any]:
-    """A JSON object, with duplicate keys, numbers that are no finite floats, and deep nesting refused."""
+def parse_json(text: bytes, field: str, endless: list[FileRefused] | None = None) -> dict[str, Any]:
+    """A JSON object, with duplicate keys, numbers that are no finite floats, and deep nesting refused.
+
+    Args:
+        endless: takes the refusal of the first number that is no finite float, and the text is read on, with NaN in the
+            place of each, so that what else is wrong with it shows.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(items)) < len(items):
@@ -172,13 +177,18 @@ def parse_json(text: bytes, field: str) -> dict[str, Any]:
         return found
 
     def constant(value: str) -> float:
-        raise FileRefused(field, f"holds the number {value[:20]}")
+        problem = FileRefused(field, f"holds the number {value[:20]}")
+        if endless is None:
+            raise problem
+        if not endless:
+            endless.append(problem)
+        return math.nan
 
     def real(value: str) -> float:
         return number if math.isfinite(number := float(value)) else constant(value)
 
-    def whole(value: str) -> int:
-        return int(value) if len(value) <= MAX_DIGITS else int(constant(value))
+    def whole(value: str) -> float:
+        return int(value) if len(value) <= MAX_DIGITS else constant(value)
 
     try:
         data = json.loads(

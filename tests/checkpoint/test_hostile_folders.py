@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_merge import aggregate
+from lora_merge.checkpoint.peft_folder import FolderRefused, open_folder
 from lora_merge.errors import RefusedError, UsageError
 from tests.adapters import CONFIG, WEIGHTS, edited, rewrite_json
 from tests.checkpoint.hostile import CORPUS
@@ -46,6 +48,45 @@ def test_every_problem_of_every_client_is_in_one_error(plain: tuple[Path, ...], 
     assert len([client for client, _ in named if client == "three"]) >= 2
     assert not (tmp_path / "global").exists()
     assert all(str(problem) in caught.value.message for problem in caught.value.problems)
+
+
+def problems_of(folder: Path) -> set[str]:
+    """The fields for which a folder is refused."""
+    with pytest.raises(FolderRefused) as caught:
+        open_folder(folder)
+    return {reason.field for reason in caught.value.reasons}
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 5000])
+def test_a_number_that_is_none_hides_nothing_else_in_the_config(
+    number: str, plain: tuple[Path, ...], tmp_path: Path
+) -> None:
+    bad = edited(plain[0], tmp_path / "bad", config={"foo": 1, "r": -3, "alpha_pattern": {"q_proj": "@"}})
+    (bad / CONFIG).write_text((bad / CONFIG).read_text().replace('"@"', number))
+    assert problems_of(bad) == {CONFIG, "foo", "r", "alpha_pattern"}
+    ignored = edited(plain[0], tmp_path / "ignored", config={"lora_dropout": "@", "megatron_core": ["@"]})
+    (ignored / CONFIG).write_text((ignored / CONFIG).read_text().replace('"@"', number))
+    assert problems_of(ignored) == {CONFIG}  # none is accepted, be it where nobody looks
+
+
+def test_what_the_config_and_the_statement_are_refused_for_hides_no_tensor(
+    plain: tuple[Path, ...], tmp_path: Path
+) -> None:
+    bad = edited(
+        plain[0],
+        tmp_path / "bad",
+        config={"foo": 1, "init_lora_weights": "pissa"},
+        tensors=lambda own: {**own, "stranger": torch.ones(2)},
+    )
+    rewrite_json(bad / "lora_merge.json", {"num_examples": -5})
+    assert problems_of(bad) == {"foo", "init_lora_weights", "lora_merge.json, num_examples", "stranger"}
+
+
+@pytest.mark.parametrize("config", [{"r": -3}, {"peft_type": "IA3"}, {"modules_to_save": 7}])
+def test_tensors_are_not_held_against_what_cannot_be_read(
+    config: dict[str, object], plain: tuple[Path, ...], tmp_path: Path
+) -> None:
+    assert problems_of(edited(plain[0], tmp_path / "bad", config=config)) == set(config)
 
 
 def test_numbers_that_overflow_on_the_way_are_refused_and_not_written(plain: tuple[Path, ...], tmp_path: Path) -> None:
