@@ -20,6 +20,7 @@ from lora_merge.publish.files import left_out
 from lora_merge.publish.prepare import Prepared, prepare
 from lora_merge.publish.push import own_secrets
 from lora_merge.screening.measuring import read_all
+from lora_merge.screening.report import problems_in
 from lora_merge.screening.selection import is_folder
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import Rooms, open_rooms
@@ -85,11 +86,10 @@ def check(source: str, reading: Reading) -> Checked:
                 warning = "it was not downloaded, so neither its values were read nor was it searched for secrets."
                 return replace(found, refusals=_together(merging, pushing), warnings=[warning])
             with merging.noted(), _opened(folder, refs[0]) as adapter:
-                adapted = Sketched(adapter)
-                problems = _problems(adapted, adapter, refs[0])
-                found = _with_facts(found, adapter, adapted)
-                if problems:
-                    raise RefusedError(problems)
+                found = _with_facts(found, adapter, _norm(adapter, refs[0].source, merging))
+            if found.modules is None:  # it did not open: its values are looked at all the same
+                with pool() as threads:
+                    merging.problems += problems_in(folder, refs[0].source, threads)
             prepared = None
             with pushing.noted():
                 prepared = prepare(folder, UNNAMED, own=own_secrets())
@@ -137,15 +137,18 @@ def _opened(folder: Path, ref: AdapterRef) -> Iterator[PeftFolder]:
         yield adapter
 
 
-def _problems(adapter: Sketched, folder: PeftFolder, ref: AdapterRef) -> list[Problem]:
-    """What reading every tensor finds."""
+def _norm(adapter: PeftFolder, source: str, refusals: Refusals) -> float | None:
+    """The norm of an update whose values are all numbers; those that are none are refused."""
+    sketched = Sketched(adapter)
     with pool() as threads:
-        return read_all({ref.source: adapter}, {ref.source: folder}, threads).get(ref.source, [])
+        problems = read_all({source: sketched}, {source: adapter}, threads).get(source, [])
+    refusals.problems += problems
+    norm = None if problems else sketched.norm
+    return float(f"{norm:.6g}") if norm is not None and math.isfinite(norm) else None
 
 
-def _with_facts(found: Checked, adapter: PeftFolder, sketched: Sketched) -> Checked:
+def _with_facts(found: Checked, adapter: PeftFolder, norm: float | None) -> Checked:
     stated = adapter.statement
-    norm = sketched.norm
     found = replace(
         found,
         client_id=stated.client_id if stated else None,
@@ -153,7 +156,7 @@ def _with_facts(found: Checked, adapter: PeftFolder, sketched: Sketched) -> Chec
         num_examples=stated.num_examples if stated else None,
         base_model=adapter.config.base_model,
         modules=len(adapter.specs),
-        norm=float(f"{norm:.6g}") if norm is not None and math.isfinite(norm) else None,
+        norm=norm,
     )
     return replace(found, warnings=[*_claims(found), *claim_warnings({found.client_id or found.source: adapter})])
 
@@ -165,6 +168,8 @@ def _claims(found: Checked) -> Iterator[str]:
         yield f"it states the client id {found.client_id}, and lies in {found.source}."
     if found.num_examples is None and found.merged_of is None:
         yield "it states no num_examples: aggregate needs --weights for it."
+    if found.num_examples == 0:
+        yield "it states num_examples 0: weighed by examples, it counts for nothing in a merge."
     if found.base_model is None:
         yield "adapter_config.json names no base model, so nobody will know what this adapter belongs to."
 

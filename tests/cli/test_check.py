@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from tests.adapters import rewrite_json
 from tests.cli.running import Run, lora_merge
 from tests.cli.test_aggregate import LORA_A, client, poison
 
@@ -53,6 +56,30 @@ def test_all_that_is_wrong_is_said_at_once_with_who_would_refuse_it(lora_merge: 
     assert "refused by aggregate" in out
 
 
+def test_a_config_that_is_refused_hides_nothing_of_the_weights(lora_merge: Run, tmp_path: Path) -> None:
+    folder = poison(client(tmp_path / "a"), float("inf"))
+    weights = folder / "adapter_model.safetensors"
+    save_file({**load_file(weights), "stranger": torch.ones(2)}, weights)
+    rewrite_json(folder / "adapter_config.json", {"foo": 1, "init_lora_weights": "pissa"})
+    (folder / "lora_merge.json").write_text("{")
+    by = {each["field"]: " ".join(each["by"]) for each in checked(lora_merge, "a", code=3)["refusals"]}
+    both = ("foo", "init_lora_weights", "lora_merge.json", "stranger")
+    assert by == {LORA_A: "aggregate", **dict.fromkeys(both, "aggregate push")}
+
+
+def test_of_values_every_tensor_is_named_and_no_norm_is_given(lora_merge: Run, tmp_path: Path) -> None:
+    weights = poison(client(tmp_path / "a"), float("nan")) / "adapter_model.safetensors"
+    names = {LORA_A, LORA_A.replace("_A", "_B")}
+    sound = LORA_A.replace("layer", "other")
+    tensors = {name.replace("layer", module): torch.ones(2, 2) for name in names for module in ("layer", "other")}
+    save_file({**tensors, **{name: tensor * float("nan") for name, tensor in load_file(weights).items()}}, weights)
+    found = checked(lora_merge, "a", code=3)
+    assert {each["field"] for each in found["refusals"]} == names
+    assert (found["modules"], found["norm"]) == (2, None)
+    assert "norm" not in lora_merge("check", "a")[1]
+    assert sound not in lora_merge("check", "a")[1]
+
+
 def test_what_both_would_refuse_is_said_once(lora_merge: Run, tmp_path: Path) -> None:
     folder = client(tmp_path / "a")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
@@ -78,10 +105,10 @@ def test_a_whole_model_is_called_one(lora_merge: Run, tmp_path: Path) -> None:
     assert refusal["reason"].startswith("is that of a whole model, not of a LoRA adapter")
     for command in (("aggregate", "-o", "global"), ("inspect",), ("evaluate", "--base", "model", "--data", "d.jsonl")):
         (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-        code, _, err = lora_merge(*command, "model")
+        code, out, err = lora_merge(*command, "model")
         assert code == 3
-        assert "config.json: is that of a whole model" in err
-        assert "No such file" not in err
+        assert "config.json: is that of a whole model" in out + err
+        assert "No such file" not in out + err
 
 
 def test_what_an_adapter_does_not_state_is_a_warning(lora_merge: Run, tmp_path: Path) -> None:
@@ -89,6 +116,12 @@ def test_what_an_adapter_does_not_state_is_a_warning(lora_merge: Run, tmp_path: 
     warnings = " ".join(checked(lora_merge, "a", code=0)["warnings"])
     for said in ("has no lora_merge.json", "states no num_examples", "names no base model"):
         assert said in warnings
+
+
+def test_that_a_count_of_zero_weighs_nothing_is_a_warning(lora_merge: Run, tmp_path: Path) -> None:
+    set_base(client(tmp_path / "a", num_examples=0), "org/tiny")
+    assert "it states num_examples 0" in checked(lora_merge, "a", code=0)["warnings"][0]
+    assert lora_merge("aggregate", "a", "-o", "global")[0] == 2
 
 
 def test_a_merged_adapter_is_said_to_be_one(lora_merge: Run, tmp_path: Path) -> None:
