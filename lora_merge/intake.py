@@ -90,12 +90,17 @@ class Examined:
 
 @contextmanager
 def accepted(
-    sources: Sequence[str | Path], weights: Weights, reading: Reading, screening: Screening | None = None
+    sources: Sequence[str | Path],
+    weights: Weights,
+    reading: Reading,
+    screening: Screening | None = None,
+    selection: Selection | None = None,
 ) -> Iterator[Accepted]:
     """The clients' open folders, every file of which has the hash that its place lists.
 
     Args:
         screening: what stops the merge of adapters of people whom one doesn't know; None where nothing is to.
+        selection: by `screening`, empty: of somebody who asks it who was refused where nobody is accepted.
 
     Raises:
         NotFoundError: a source names nothing, or may not be read.
@@ -103,7 +108,7 @@ def accepted(
         UsageError: a weight is missing or wrong.
         NetworkError: the Hub cannot be reached.
     """
-    selection = Selection(screening or UNSCREENED)
+    selection = selection or Selection(screening or UNSCREENED)
     with (
         open_rooms(reading.max_wait, reading.tell, reading.pins) as rooms,
         opening() as opened,

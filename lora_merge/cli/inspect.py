@@ -67,6 +67,8 @@ def inspect(
 def _shown(found: "Inspection") -> "Group":
     from rich.console import Group
 
+    if not found.clients:
+        return Group(_facts(found), plain("\n".join(["", *_left_out(found)])))
     names = _short([client.client_id for client in found.clients])
     lines = ["", *heat_map(names, found.cosines, shades(sys.stdout.encoding)), *_findings(found)]
     return Group(_facts(found), plain(""), _table(found, names), plain("\n".join(lines)))
@@ -87,6 +89,8 @@ def _facts(found: "Inspection") -> "Table":
 
 def _common(clients: Sequence["Inspected"]) -> Iterator[tuple[str, list[str]]]:
     yield "clients", [str(len(clients))]
+    if not clients:
+        return
     yield (
         "base model",
         [f"{c.base_model or 'not named'}{f'@{c.base_commit[:12]}' if c.base_commit else ''}" for c in clients],
@@ -132,12 +136,16 @@ def _findings(found: "Inspection") -> Iterator[str]:
         yield f"not measured, for want of the base model: {_few(found.not_measured)}"
     for client in found.clients:
         yield from (f"stops the merge: {printable(client.client_id)}: {reason}" for reason in client.stops)
-    yield from (f"left out: {each.source}: {each.reason}" for each in found.left_out)
+    yield from _left_out(found)
     flags: dict[str, list[str]] = {}
     for client in found.clients:
         for flag in client.flags:
             flags.setdefault(flag, []).append(client.client_id)
     yield from (f"{_few(clients)}: {flag}" for flag, clients in flags.items())
+
+
+def _left_out(found: "Inspection") -> Iterator[str]:
+    yield from (f"left out: {each.source}: {each.reason}" for each in found.left_out)
 
 
 def _few(names: Sequence[str]) -> str:

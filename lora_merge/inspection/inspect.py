@@ -5,6 +5,7 @@ merge of them would read it, or where it is given; what has no size without it i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,11 @@ from lora_merge.agreement import claim_warnings
 from lora_merge.assembly import base_model_for, stores_transposed
 from lora_merge.checkpoint.federation import Federation, base_name
 from lora_merge.checkpoint.similarity import gram_of
-from lora_merge.errors import MissingBaseError, Problem
+from lora_merge.errors import MissingBaseError, Problem, RefusedError
 from lora_merge.inspection.oddities import counts_stated, num_examples, oddities, reasons_to_stop
 from lora_merge.intake import Accepted, Reading, accepted
 from lora_merge.ledger import LeftOut
+from lora_merge.screening.selection import Selection
 from lora_merge.screening.stops import Screening
 
 
@@ -119,13 +121,18 @@ def inspect(
 
     Raises:
         NotFoundError: a source names nothing, or may not be read; the base is not there, or lacks tensors.
-        RefusedError: every adapter is refused, or the base is not theirs.
+        RefusedError: the base is not theirs. Adapters that are refused are in the result, be it all of them.
         NetworkError: the Hub cannot be reached.
     """
     going_on = Screening(
         allow_list=screening.allow_list, exclude=screening.exclude, skip_rejected=True, allow_merged=True
     )
-    with accepted(sources, "uniform", reading, going_on) as inputs:
+    selection = Selection(going_on)
+    with ExitStack() as stack:
+        try:
+            inputs = stack.enter_context(accepted(sources, "uniform", reading, going_on, selection))
+        except RefusedError as error:
+            return Inspection([], error.problems, sorted(selection.left_out), [], None, [], [])
         spectra = {client: Spectra(folder) for client, folder in inputs.clients.items()}
         n = _weights(inputs)
         with pool() as threads:

@@ -80,6 +80,23 @@ def test_every_refused_adapter_is_named_and_the_others_are_shown(lora_merge: Run
 
 
 @pytest.mark.usefixtures("four")
+def test_where_all_are_refused_the_record_says_so_as_where_some_are(lora_merge: Run, tmp_path: Path) -> None:
+    poison(tmp_path / "a", float("nan"))
+    (tmp_path / "b" / "adapter_config.json").write_text("{}")
+    found = inspected(lora_merge, "[abcd]", "--exclude", "c", "--exclude", "d", code=3)
+    assert (found["clients"], found["cosines"], found["would_stop"]) == ([], [], True)
+    assert {(each["client"], each["field"]) for each in found["refused"]} == {("org/a", LORA_A), ("b", "peft_type")}
+    assert [each["source"] for each in found["left_out"]] == ["a", "b", "c", "d"]
+    code, out, err = lora_merge("inspect", "a", "b")
+    assert (code, err) == (3, "")
+    assert out.startswith("clients  0\n")
+    for line in (f"left out: a: {LORA_A}: holds NaN", "left out: b: peft_type: must be LORA"):
+        assert line in out
+    assert lora_merge("inspect", "a", "b", "-q") == (3, "", "")
+    assert lora_merge("inspect", "c", "--exclude", "c")[0] == 2
+
+
+@pytest.mark.usefixtures("four")
 def test_what_would_stop_a_merge_is_said_and_ends_in_3(lora_merge: Run, tmp_path: Path) -> None:
     changed(tmp_path / "a", boosted)
     statement = tmp_path / "b" / "lora_merge.json"
