@@ -1,6 +1,5 @@
 """What sources bring to a global adapter: what it has already, what is new, what takes an old one's place."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,13 +7,14 @@ from pathlib import Path
 
 from lora_merge.aggregation.weights import Weights
 from lora_merge.checkpoint.peft_folder import PeftFolder, open_folder
-from lora_merge.errors import NotFoundError, Problem, UsageError
+from lora_merge.errors import NotFoundError, Problem, UsageError, one_line
 from lora_merge.intake import Reading, candidates_of, fetched, open_clients, opening
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.screening.report import whole_report
 from lora_merge.screening.selection import Selection, is_folder
 from lora_merge.screening.stops import cap_of, let_in
 from lora_merge.screening.weighing import Weighed, cap_in, weighed
+from lora_merge.sources.local import whole_paths
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms
 from lora_merge.statement import FILE_NAME as STATEMENT_NAME
@@ -143,9 +143,13 @@ def _of_path(path: str, contributions: Contributions) -> set[str]:
     """Those that came from a folder at `path`, as far as their short names say."""
     if "://" in path:
         return set()
-    paths = os.path.abspath(path), os.path.realpath(path)
     folders = {client: each.source for client, each in contributions.items() if not each.commit}
-    return {client for client, source in folders.items() if any(one.endswith(f"/{source}") for one in paths)}
+    return {client for client, source in folders.items() if may_lie_at(source, path)}
+
+
+def may_lie_at(source: str, path: str) -> bool:
+    """Whether the folder at `path` may be the one that a ledger has the short name `source` of."""
+    return any(one_line(whole).endswith(f"/{source}") for whole in whole_paths(path))
 
 
 def weights_of_arrivals(

@@ -149,7 +149,13 @@ def fold_folder(
             with parts_of(change, rooms, how.base, device, reading, pinned=how.pinned) as parts:
                 if how.screening and parts.again and arrivals.new:
                     found = wholly_screened(found, parts.federation, before, arrivals, how.screening)
-                record = partial(with_screening, selection=selection, waved_through=weighed.waved_through, found=found)
+                record = partial(
+                    with_screening,
+                    selection=selection,
+                    waved_through=weighed.waved_through,
+                    found=found,
+                    came=[candidate.ref for candidate in arrivals.candidates.values()],
+                )
                 signed = (target / SIGNATURE_NAME).exists()
                 ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
             return Fold(

@@ -17,13 +17,14 @@ from lora_merge.aggregation.sketch import Sketched, sketches_of_blocks
 from lora_merge.agreement import federation_problems
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.peft_folder import WEIGHTS_NAME
-from lora_merge.folding.arrivals import Arrivals, Contributions
+from lora_merge.folding.arrivals import Arrivals, Contributions, may_lie_at
 from lora_merge.folding.global_adapter import GlobalAdapter
 from lora_merge.ledger import Ledger
 from lora_merge.screening.measuring import Findings, Held, copies, findings, let_past, read_all
-from lora_merge.screening.selection import Selection
+from lora_merge.screening.selection import Selection, is_folder
 from lora_merge.screening.stops import WAY_BY_BASE, Screening, late_ways, let_in
 from lora_merge.screening.whole import judged
+from lora_merge.sources.reference import AdapterRef
 
 
 def screened(
@@ -123,15 +124,26 @@ def wholly_screened(
 
 
 def with_screening(
-    ledger: Ledger, before: Ledger, selection: Selection, waved_through: Collection[str], found: Findings
+    ledger: Ledger,
+    before: Ledger,
+    selection: Selection,
+    waved_through: Collection[str],
+    found: Findings,
+    came: Collection[AdapterRef],
 ) -> Ledger:
-    """The record, with what screening left out, let in and measured; and what `before` says of those who stay."""
+    """The record, with what screening left out, let in and measured; and what `before` says of those who stay.
+
+    Args:
+        came: the arrivals that are in now: whoever was left out, by whichever short name, is so no longer.
+    """
     norms = {client: float(f"{norm:.6g}") for client, norm in found.norms.items() if math.isfinite(norm)}
     contributions = [
         replace(each, norm=norms[each.client_id]) if each.client_id in norms else each for each in ledger.contributions
     ]
     sources = {each.source for each in contributions}
-    left_out = {each.source: each for each in (*before.left_out, *selection.left_out) if each.source not in sources}
+    paths = [ref.place for ref in came if is_folder(ref)]
+    still_out = [each for each in before.left_out if not any(may_lie_at(each.source, path) for path in paths)]
+    left_out = {each.source: each for each in (*still_out, *selection.left_out) if each.source not in sources}
     were = {each.client_id: each.sha256 for each in before.contributions}
     stay = [each.client_id for each in contributions if were.get(each.client_id) == each.sha256]
     waved = [line for line in before.waved_through if any(line.startswith(f"{client}: ") for client in stay)]

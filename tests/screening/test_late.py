@@ -280,6 +280,18 @@ def test_skip_rejected_takes_the_others_in(onto: Path, four: list[Path], tmp_pat
     require_one_merge(onto, [*four, good])
 
 
+def test_who_comes_in_is_no_longer_left_out_whatever_he_was_called_then(onto: Path, tmp_path: Path) -> None:
+    for place, seed in (("x", 7), ("y", 8)):
+        late(tmp_path / place / "e", seed=seed)
+    claims = [tmp_path / "x" / "e", tmp_path / "y" / "e"]
+    fold([*claims, late(tmp_path / "f")], onto, screening=Screening(skip_rejected=True))
+    assert [each["source"] for each in ledger(onto)["left_out"]] == ["x/e", "y/e"]
+    (tmp_path / "linked").symlink_to(claims[1])
+    made = fold([tmp_path / "linked"], onto)
+    assert (made.added, members(onto)[-2:]) == (["org/e"], ["e", "f"])
+    assert [each["source"] for each in ledger(onto)["left_out"]] == ["x/e"]
+
+
 def test_lists_hold_for_arrivals_too(onto: Path, tmp_path: Path) -> None:
     names = [str(late(tmp_path / name, seed=seed)) for name, seed in (("e", 5), ("f", 6))]
     (tmp_path / "allowed").write_text(f"{names[0]}\n")
