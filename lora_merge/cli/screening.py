@@ -26,7 +26,11 @@ AllowListOption = Annotated[
     typer.Option(metavar="FILE", help="Refuse every source not in this file: one a line, or a *; no client ids."),
 ]
 DropDuplicatesOption = Annotated[
-    bool, typer.Option("--drop-duplicates", help="Of equal or nearly equal updates, keep the first by client id.")
+    bool,
+    typer.Option(
+        "--drop-duplicates",
+        help="Of equal or nearly equal updates, keep who is in already, else the first by client id.",
+    ),
 ]
 ExcludeOption = Annotated[
     list[str] | None,

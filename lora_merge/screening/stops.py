@@ -28,7 +28,7 @@ class Screening:
         allow_outliers: go on where one update is far larger than the others.
         allow_list: a file of the sources that may take part (see `lora_merge.screening.selection.read_list`).
         exclude: sources or client ids, or patterns of them, that do not take part.
-        drop_duplicates: of equal or nearly equal updates, keep the first by client id.
+        drop_duplicates: of equal or nearly equal updates, keep who is in already, else the first by client id.
         skip_rejected: go on without the clients that are refused.
         allow_merged: take a merged adapter as one more client, its own clients being none.
     """

@@ -246,6 +246,12 @@ def test_late_copies_are_warned_of_and_dropped_on_request(onto: Path, tmp_path: 
     assert any("org/ab has nearly the update of org/b (cosine 1.00000)." in line for line in warnings)
 
 
+@pytest.mark.parametrize("command", ["aggregate", "watch"])
+def test_the_help_says_which_copy_is_kept(command: str, lora_merge: Run) -> None:
+    words = " ".join(lora_merge(command, "--help")[1].replace("│", " ").split())
+    assert "keep who is in already, else the first by client id." in words
+
+
 def test_a_new_version_of_ones_own_is_no_copy(onto: Path, four: list[Path]) -> None:
     changed(four[1], rotated)
     made = fold([four[1]], onto, screening=Screening(drop_duplicates=True))
