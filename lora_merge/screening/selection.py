@@ -227,7 +227,7 @@ def _owner(client: str, claims: Sequence[Candidate], selection: Selection) -> Ca
     hint = _way_past(client, [each.ref.source for each in claims if each is not owner], is_owned=owner is not None)
     for each in claims:
         if each is not owner:
-            others = ", ".join(other.ref.place for other in claims if other is not each)
+            others = ", ".join(other.ref.source for other in claims if other is not each)
             problem = Problem(each.ref.source, "client_id", f"{client} is claimed by {others} too")
             selection.refuse(each.ref, [problem], hint=hint)
     return owner

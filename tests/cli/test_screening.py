@@ -288,8 +288,9 @@ def test_two_sources_that_claim_one_id_are_both_refused(lora_merge: Run, tmp_pat
     assert code == 3
     assert "a: client_id: org/a is claimed by d too" in err
     assert "d: client_id: org/a is claimed by a too" in err
-    assert lora_merge("aggregate", "[abcd]", "-o", "global", "--skip-rejected")[0] == 0
+    assert lora_merge("aggregate", f"{tmp_path}/[abcd]", "-o", "global", "--skip-rejected")[0] == 0
     assert list(weights()) == ["org/b", "org/c"]  # nobody knows whose it is
+    assert str(tmp_path) not in Path("global", "aggregation.json").read_text()
 
 
 @pytest.mark.usefixtures("four")
