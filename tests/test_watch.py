@@ -244,8 +244,10 @@ def test_an_exclusion_holds_however_a_place_is_spelled(watcher: Watcher, monkeyp
     assert [line.split()[1] for line in watcher.told if "--exclude" in line] == ["clients/client-7"]
 
 
-def test_an_allow_list_that_is_not_there_ends_the_watch(watcher: Watcher) -> None:
+def test_an_exclusion_that_is_empty_or_an_allow_list_that_is_not_there_ends_the_watch(watcher: Watcher) -> None:
     client(watcher.clients, 0)
+    with pytest.raises(UsageError, match="'' is no source"):
+        watcher(screening=Screening(exclude=("",)))
     with pytest.raises(NotFoundError, match="No such allow-list"):
         watcher(screening=Screening(allow_list=watcher.folder / "none"))
 

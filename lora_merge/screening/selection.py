@@ -74,12 +74,12 @@ class Lists:
     allowed: Sequence[Entry] | None
 
     def excluded(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, str]:
-        """The entry that excludes each adapter that one does, by its place or its source's name."""
+        """What excludes each adapter that an entry does, by its place or its source's name; for the record."""
         at = {ref: addresses_of(ref) for ref in refs}
         found: dict[AdapterRef, str] = {}
         for entry in self.exclude:
             called_so = [ref for ref in at if _matching([entry.text], _names(ref))]
-            found = dict.fromkeys((*entry.named(at), *called_so), entry.text) | found
+            found = dict.fromkeys((*entry.named(at), *called_so), entry.recorded) | found
         return found
 
     def allow(self, ref: AdapterRef) -> bool:

@@ -27,17 +27,18 @@ class Entry:
     `ORG/NAME` may be a folder here or a repository; nothing is looked up for it.
 
     Raises:
-        UsageError: it has the form of no source.
+        UsageError: it is empty, or can be no path.
     """
 
     def __init__(self, text: str) -> None:
-        if "\0" in text:
-            raise UsageError(f"{one_line(text)} is no source.")
+        if "\0" in text or not text.strip():
+            raise UsageError(f"{one_line(text)!r} is no source.", hint="Is a variable of the shell not set?")
         self.text = text
         path = text.removeprefix(_FILE)
         self._spelled = whole_path(path)
         self._addresses = _addresses(text)
         self._is_pattern = is_pattern(path)
+        self.recorded = "its path" if path.startswith(("/", "~")) else text  # a record holds no whole path
 
     def means(self, addresses: frozenset[str]) -> bool:
         """Whether it names the adapter at `addresses`."""

@@ -281,6 +281,13 @@ def test_an_exclusion_may_be_a_path_a_client_id_or_a_pattern(lora_merge: Run) ->
 
 
 @pytest.mark.usefixtures("four")
+def test_a_record_of_who_is_excluded_by_a_path_does_not_hold_it(lora_merge: Run, tmp_path: Path) -> None:
+    for entry in (f"{tmp_path}/d", f"file://{tmp_path}/d", f"{tmp_path}/[d]"):
+        assert lora_merge("aggregate", "[abcd]", "-o", "global", "--force", "--exclude", entry)[0] == 0
+        assert ledger()["left_out"] == [{"source": "d", "reason": "excluded by its path"}]
+
+
+@pytest.mark.usefixtures("four")
 def test_two_sources_that_claim_one_id_are_both_refused(lora_merge: Run, tmp_path: Path) -> None:
     statement = tmp_path / "d" / "lora_merge.json"
     statement.write_text(statement.read_text().replace("org/d", "org/a"))
