@@ -38,7 +38,7 @@ from lora_merge.provenance import (
     with_findings,
     write_records,
 )
-from lora_merge.screening.measuring import findings
+from lora_merge.screening.measuring import Findings, findings
 from lora_merge.screening.stops import SCREENED, Screening
 from lora_merge.sources.local import folders_named
 from lora_merge.sources.reference import Progress, Tell
@@ -147,7 +147,11 @@ def aggregate(
                 require_unchanged(known, record)
             defence, merged = done or run()
             sha256, judge = weights_hashes(contributions), not robust.defends
-            found = findings(inputs.sketched, sha256, screening or SCREENED, federation=federation, judge_norms=judge)
+            found = (
+                findings(inputs.sketched, sha256, screening, federation=federation, judge_norms=judge)
+                if screening
+                else Findings()
+            )
             ledger = with_findings(
                 ledger_of(federation, record, contributions, merged.measured, settings), inputs, found
             )

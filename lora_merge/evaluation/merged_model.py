@@ -2,7 +2,7 @@
 
 PEFT merges an update into the weight of its layer. A layer that is tied to another one has the same weight, and the
 other must not get the update: so layers that are updated apart are untied first. Whether the merged model computes
-what base and adapter compute is looked at before it is written.
+what base and adapter compute is looked at, and whether the folder holds that model, before the folder has its name.
 """
 
 import shutil
@@ -71,7 +71,7 @@ def export(
     Raises:
         UsageError: `output` exists, or the base is not a model.
         RefusedError: the adapter was refused, or does not fit the base, or no model of the base's kind can hold it.
-        VerificationError: the merged model is not what base and adapter are together.
+        VerificationError: the merged model is not what base and adapter are together, or cannot be written as it is.
         NotFoundError, NetworkError: the adapter or the base is not there.
     """
     require_apart(output, folders_named([adapter, base]))
@@ -84,17 +84,23 @@ def export(
         load_tokenizer(found)  # a folder without a tokenizer is of no use, so say so before the work
         tell(f"Merging {adapter} into {base} in fp32")
         model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)
-    merged = merged_with(model, str(adapter)).to(DTYPES[dtype])
+    merged, tokens = merged_with(model, str(adapter))
+    _round(merged, DTYPES[dtype])
+    parameters, expected = merged.num_parameters(), _logits(merged, tokens)
     tell(f"Writing {output}")
     with atomic_folder(output, force=force, kind="model") as folder:
-        merged.save_pretrained(folder, safe_serialization=True)
+        merged.to(DTYPES[dtype]).save_pretrained(folder, safe_serialization=True)
         _copy_tokenizer(found.folder, folder)
+        del merged, model  # there may be no room for two
+        _require_as_merged(folder, tokens, expected)
     nbytes = sum(path.stat().st_size for path in output.iterdir())
-    return Exported(output, dtype, merged.num_parameters(), nbytes)
+    return Exported(output, dtype, parameters, nbytes)
 
 
-def merged_with(model: Any, adapter: str) -> Any:
-    """The base of PEFT's `model` with the update of the adapter in its weights, which `model` is no more.
+def merged_with(model: Any, adapter: str) -> tuple[Any, Tensor]:
+    """The base of PEFT's `model` with the update of the adapter in its weights, and the tokens it was held to that by.
+
+    `model` is of no use afterwards.
 
     Raises:
         RefusedError, VerificationError: as `export`.
@@ -113,17 +119,56 @@ def merged_with(model: Any, adapter: str) -> Any:
     _untie(model, [*lora.values(), *rows])
     tokens = _probe(model, {token for layer in rows for indices in layer.token_indices.values() for token in indices})
     expected = _logits(model, tokens)
+    _merge_rows_below(lora.values())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT comments on ties, which are undone; what matters is checked below
         merged = model.merge_and_unload(safe_merge=True)
     _say_what_is_tied(merged)
-    if not (_logits(merged, tokens) - expected).abs().max() <= TOLERANCE * expected.abs().max():
+    if not _agree(_logits(merged, tokens), expected):
         raise VerificationError(
             f"{adapter} merged into the base computes something else than beside it: PEFT cannot merge this kind. "
             "Nothing was written.",
             hint="Use it as an adapter beside its base.",
         )
-    return merged
+    return merged, tokens
+
+
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """Give the fp32 weights the values that a file of `dtype` holds; raise `VerificationError` where one has none."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype).float()
+        if not torch.isfinite(parameter).all():
+            kind = next(kind for kind, each in DTYPES.items() if each == dtype)
+            raise VerificationError(f"{name} does not fit into {kind}. Nothing was written.", hint="--dtype fp32")
+
+
+def _require_as_merged(folder: Path, tokens: Tensor, expected: Tensor) -> None:
+    """Raise `VerificationError` where the model in `folder` is not the one that was merged: a kind of tie was lost."""
+    from transformers import AutoModelForCausalLM
+
+    written, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"] or not _agree(_logits(written.eval(), tokens), expected):
+        raise VerificationError(
+            "The merged model is another one once it is read back: the base ties layers in a way that does not outlive "
+            "the merge. Nothing was written.",
+            hint="Use the adapter beside its base.",
+        )
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _merge_rows_below(lora: Iterable[Any]) -> None:
+    """Put the trained token rows of a tied output layer into its weight: PEFT would lose those below a LoRA layer."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    for layer in lora:
+        if isinstance(below := layer.base_layer, TrainableTokensWrapper):
+            below.token_adapter.merge(safe_merge=True)
+            layer.base_layer = below.token_adapter.base_layer
 
 
 def _lacks_bias(layer: Any) -> bool:

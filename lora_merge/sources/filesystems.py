@@ -42,9 +42,7 @@ class FilesystemRoom:
         filesystem, path = _open(source)
         with _Translated(source):
             filesystem.invalidate_cache()  # of listings, which may be those of an earlier look
-            found = sorted(match for match in filesystem.glob(path) if filesystem.isdir(match))
-            if not found and filesystem.isdir(path):
-                found = [path]
+            found = [path] if filesystem.isdir(path) else sorted(filter(filesystem.isdir, filesystem.glob(path)))
             if not found:
                 raise NotFoundError(f"No folder matches {one_line(source)}.")
             if path not in found:

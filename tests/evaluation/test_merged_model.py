@@ -69,6 +69,7 @@ def tied(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"target_modules": ["lm_head", "q_proj"]},
         {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
         {"trainable_token_indices": [3, 200]},
+        {"trainable_token_indices": [3, 200], "target_modules": ["lm_head", "q_proj"]},
         {"trainable_token_indices": {"lm_head": [3, 200]}},
         {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4, 200]}},
         {"modules_to_save": ["lm_head"]},
@@ -82,6 +83,29 @@ def test_what_is_tied_in_the_base_gets_no_update_of_its_twins(tied: Path, tmp_pa
     exported, expected = logits(model_in(tmp_path / "model")), logits(with_adapter(tied, adapter))
     assert torch.allclose(exported, expected, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(exported, logits(model_in(tied)), atol=0.5)
+
+
+def test_a_tie_that_is_lost_on_the_way_to_the_disk_is_seen(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = client_on(tied, tmp_path / "client", 3, target_modules=["embed_tokens"])
+
+    def say_that_all_is_tied(model: Any) -> None:
+        model.config.tie_word_embeddings = True
+
+    monkeypatch.setattr("lora_merge.evaluation.merged_model._say_what_is_tied", say_that_all_is_tied)
+    with pytest.raises(VerificationError, match="another one once it is read back"):
+        export(adapter, str(tied), tmp_path / "model", tell=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["client"]
+
+
+def test_what_a_smaller_float_type_cannot_hold_is_no_infinity_in_the_file(base: Path, tmp_path: Path) -> None:
+    adapter = client_on(base, tmp_path / "client", 3, lora_alpha=10**3, r=1)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 300 * each for name, each in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(VerificationError, match="q_proj.weight does not fit into fp16"):
+        export(adapter, str(base), tmp_path / "model", dtype="fp16", tell=print)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_bias_that_no_such_model_has_is_refused(base: Path, tmp_path: Path) -> None:
