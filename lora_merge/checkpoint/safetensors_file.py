@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -66,11 +66,13 @@ class SafetensorsFile:
         entry = self.entries[name]
         return self._read(name, 0, entry.nbytes).reshape(entry.shape)
 
-    def require_finite(self, name: str) -> None:
-        """Raise `FileRefused` where `read` would; whatever the tensor's size, little memory is needed."""
-        nbytes = self.entries[name].nbytes
-        for start in range(0, nbytes, PIECE_BYTES):
-            self._read(name, start, min(PIECE_BYTES, nbytes - start))
+    def pieces(self) -> Iterator[tuple[str, int]]:
+        """Every tensor in pieces of little memory, whatever its size: its name, and where the piece begins in it."""
+        return ((name, start) for name, entry in self.entries.items() for start in range(0, entry.nbytes, PIECE_BYTES))
+
+    def require_finite(self, name: str, start: int) -> None:
+        """Raise `FileRefused` where the piece of the tensor `name` that begins at `start` holds NaN or infinity."""
+        self._read(name, start, min(PIECE_BYTES, self.entries[name].nbytes - start))
 
     def _read(self, name: str, start: int, nbytes: int) -> "Tensor":
         """So many bytes of the tensor `name` from `start`, as fp32, flat."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lora_merge.evaluation.comparison import Comparison, Question
     from lora_merge.evaluation.intervals import Estimate
+LARGE = 1e7
 SHOWN_LINES = 6  # of an answer; --json has all
 
 
@@ -258,5 +259,7 @@ def with_interval(numbers: Mapping[str, float], digits: int, interval_digits: in
 
 
 def _fixed(value: float, digits: int) -> str:
-    """So many digits, and no zero below zero."""
+    """So many digits, and no zero below zero; of what fills a table's cell, three."""
+    if abs(value) >= LARGE:
+        return f"{value:.3g}"
     return f"{round(value, digits) + 0.0:.{digits}f}"

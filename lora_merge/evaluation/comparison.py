@@ -12,7 +12,7 @@ import torch
 from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint.peft_folder import PeftFolder
 from lora_merge.environment import device_named
-from lora_merge.errors import UsageError
+from lora_merge.errors import Problem, RefusedError, UsageError
 from lora_merge.evaluation.answers import answer_nll, greedy_answer, prompt_ids
 from lora_merge.evaluation.belonging import require_belonging
 from lora_merge.evaluation.held_out import HeldOut, held_out_of, stated_prompt_form
@@ -159,6 +159,13 @@ class _Measure:
                 batch_size=self.question.batch_size,
                 pad_token_id=self.tokenizer.pad_token_id,
                 advance=advance,
+            )
+        if wrong := int((~torch.isfinite(nll)).sum()):
+            reason = (
+                f"is no number on {wrong} of {len(nll)} rows: what the model computes there is beyond its float type"
+            )
+            raise RefusedError(
+                [Problem(name, "loss", reason)], hint="Leave it out, and look at it with lora-merge check."
             )
         self.tell(f"{name}: loss {nll.sum() / self.held_out.tokens.sum():.3f}")
         return nll, [answer.result() for answer in answers]

@@ -4,6 +4,7 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8 and 1
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 
 RESAMPLES = 2000
 COVERAGE = 0.95
+
+
+def _exp(value: float) -> float:
+    """e to `value`; the largest number where that is above all."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Interval:
 
     def exp(self) -> "Interval":
         """The interval of e to the number: percentiles survive a rising function."""
-        return Interval(math.exp(self.low), math.exp(self.high))
+        return Interval(_exp(self.low), _exp(self.high))
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Estimate:
     interval: Interval
 
     def exp(self) -> "Estimate":
-        return Estimate(math.exp(self.value), self.interval.exp())
+        return Estimate(_exp(self.value), self.interval.exp())
 
 
 @dataclass(frozen=True)

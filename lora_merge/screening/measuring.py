@@ -130,14 +130,15 @@ def _problem(clients: Mapping[str, Sketched], task: tuple[str, str]) -> Problem 
 def value_problems(client: str, file: SafetensorsFile, threads: ThreadPoolExecutor) -> list[Problem]:
     """Read a whole weights file: a problem of `client` for each tensor that holds NaN or infinity, or is cut short."""
 
-    def problem_of(tensor: str) -> Problem | None:
+    def problem_of(piece: tuple[str, int]) -> Problem | None:
         try:
-            file.require_finite(tensor)
+            file.require_finite(*piece)
         except FileRefused as error:
             return Problem(client, error.field, error.reason)
         return None
 
-    return [problem for problem in over(threads, problem_of, file.entries) if problem is not None]
+    found = (problem for problem in over(threads, problem_of, file.pieces()) if problem is not None)
+    return list(dict.fromkeys(found))
 
 
 def copies(clients: Mapping[str, Sketched], hashes: Mapping[str, str], held: Held | None = None) -> list[Copy]:

@@ -13,6 +13,8 @@ from lora_merge.screening.measuring import value_problems
 from lora_merge.screening.selection import Selection, is_folder
 from lora_merge.sources.reference import AdapterRef, Progress
 
+MOST_READ = 1 << 33  # bytes of a file that was refused: 8 GB, or some ten seconds
+
 
 @contextmanager
 def whole_report(selection: Selection, opened: Mapping[str, PeftFolder], progress: Progress) -> Iterator[None]:
@@ -51,11 +53,12 @@ def _value_problems(
 def problems_in(folder: Path, client: str, threads: ThreadPoolExecutor) -> list[Problem]:
     """What the values in an adapter's folder are refused for, whatever else is wrong with it.
 
-    None where its weights do not open, since that is a problem of its own.
+    None where its weights do not open, since that is a problem of its own; nor of a file so large that reading it only
+    to say more of what is refused anyway would take long.
     """
     try:
         with closing(open_safetensors(folder / WEIGHTS_NAME)) as file:
-            return value_problems(client, file, threads)
+            return value_problems(client, file, threads) if file.size <= MOST_READ else []
     except (FileRefused, OSError):
         return []
 

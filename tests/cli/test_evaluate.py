@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lora_merge.cli.evaluate import verdict
 from lora_merge.cli.main import main
-from tests.evaluation.conftest import adapters, held_out
+from tests.evaluation.conftest import adapters, client_on, held_out
 from tests.training.conftest import base
 
 __all__ = ["adapters", "base", "held_out"]  # fixtures
@@ -60,6 +61,28 @@ def test_the_table_shows_every_model_and_whether_merging_was_worth_it(run: Run) 
     assert "the mean of the locals by" in out
     assert "4 held-out rows, " in out
     assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 80
+
+
+def test_an_adapter_beyond_all_bounds_is_told_and_no_bug(
+    run: Run, base: Path, adapters: tuple[Path, ...], tmp_path: Path
+) -> None:
+    def scaled(by: float) -> Path:
+        wild = tmp_path / f"{by:g}"
+        shutil.copytree(adapters[0], wild)
+        tensors = load_file(wild / "adapter_model.safetensors")
+        save_file({name: each * by for name, each in tensors.items()}, wild / "adapter_model.safetensors")
+        return wild
+
+    head = client_on(base, tmp_path / "head", 3, target_modules=["lm_head"])
+    tensors = load_file(head / "adapter_model.safetensors")
+    save_file({name: each * 100 for name, each in tensors.items()}, head / "adapter_model.safetensors")
+    code, out, _ = run("--json", folders=(head,))
+    assert code == 0
+    assert json.loads(out)["models"][1]["perplexity"]["value"] == sys.float_info.max
+    assert "1.8e+308" in run(folders=(head,))[1]
+    code, out, err = run(folders=(adapters[1], scaled(1e30)))
+    assert (code, out) == (3, "")
+    assert "org/north: loss: is no number on 4 of 4 rows" in err
 
 
 def test_rows_that_are_too_long_are_told(run: Run) -> None:

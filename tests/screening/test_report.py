@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_merge.aggregation.schedule import pool
 from lora_merge.checkpoint import safetensors_file
-from lora_merge.checkpoint.safetensors_file import FileRefused, SafetensorsFile, open_safetensors
+from lora_merge.checkpoint.safetensors_file import SafetensorsFile, open_safetensors
+from lora_merge.screening.measuring import value_problems
 from tests.adapters import CONFIG, WEIGHTS, rewrite_json
 from tests.cli.running import Run, lora_merge
 from tests.cli.test_aggregate import LORA_A, client, poison
@@ -154,15 +157,19 @@ def test_a_tensor_is_looked_at_piece_by_piece_to_its_end(
     tensors = {name: torch.ones(3, 7, dtype=getattr(torch, dtype)) for name in ("sound", "last")}
     tensors["last"][-1, -1] = math.inf
     save_file(tensors, tmp_path / WEIGHTS)
-    file = open_safetensors(tmp_path / WEIGHTS)
-    try:
-        file.require_finite("sound")
-        with pytest.raises(FileRefused, match=NOT_FINITE):
-            file.require_finite("last")
+    with closing(open_safetensors(tmp_path / WEIGHTS)) as file, pool() as threads:
+        assert len(list(file.pieces())) > 2 * len(tensors)
+        assert [(each.field, each.reason) for each in value_problems("a", file, threads)] == [("last", NOT_FINITE)]
         with (tmp_path / WEIGHTS).open("r+b") as cut:
             cut.truncate(file.size - 1)
         cut_short = max(file.entries, key=lambda name: file.entries[name].offset)
-        with pytest.raises(FileRefused, match="ends before it|" + NOT_FINITE):
-            file.require_finite(cut_short)
-    finally:
-        file.close()
+        assert cut_short in [each.field for each in value_problems("a", file, threads)]
+
+
+def test_a_refused_file_that_would_take_long_is_not_read_for_more(
+    lora_merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewrite_json(spoilt(tmp_path / "d") / CONFIG, {"foo": 1})
+    both = refused(lora_merge, "aggregate", "[a-d]", "-o", "global")
+    monkeypatch.setattr("lora_merge.screening.report.MOST_READ", 100)
+    assert len(refused(lora_merge, "aggregate", "[a-d]", "-o", "global")["problems"]) == len(both["problems"]) - 2

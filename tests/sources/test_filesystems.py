@@ -98,6 +98,13 @@ def test_a_merged_adapter_is_no_client_wherever_it_lies(
 
 
 @pytest.mark.usefixtures("memory")
+def test_a_folder_that_is_called_like_a_pattern_is_itself(tmp_path: Path) -> None:
+    for number, name in enumerate(("a[1]", "a1", "z")):
+        write(tmp_path / name, adapter(f"org/client-{number}", num_examples=10, seed=number))
+    made = aggregate([f"file://{tmp_path}/a[1]", str(tmp_path / "z")], tmp_path / "global")
+    assert [each.client_id for each in made.ledger.contributions] == ["org/client-0", "org/client-2"]
+
+
 def test_a_url_that_matches_nothing_is_not_found(tmp_path: Path) -> None:
     for source in ("memory://nobody/*", "memory://clients/c", f"file://{tmp_path}/none"):
         with pytest.raises(NotFoundError, match="No folder matches"):
