@@ -136,8 +136,9 @@ def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
             result = set_peft_model_state_dict(wrapped, tensors)
         except (ValueError, RuntimeError) as error:
             raise _refused(adapter, str(error).strip().splitlines()[-1].strip()) from error
-    if result.unexpected_keys:
-        raise _refused(adapter, f"the base has no place for {result.unexpected_keys[0].removeprefix(PREFIX)}")
+    # PEFT saves a head's frozen weight beside its LoRA, and has it elsewhere where the head has token rows too.
+    if homeless := [name for name in result.unexpected_keys if not name.endswith(".base_layer.weight")]:
+        raise _refused(adapter, f"the base has no place for {homeless[0].removeprefix(PREFIX)}")
     if empty := _unfilled(wrapped, set(result.missing_keys)):
         raise _refused(adapter, f"holds nothing for {empty[0].removeprefix(PREFIX)}")
     return wrapped.requires_grad_(False).eval()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_merge import aggregate
 from lora_merge.errors import RefusedError, UsageError, VerificationError
 from lora_merge.evaluation.merged_model import export
 from tests.conftest import digests
@@ -83,6 +84,15 @@ def test_what_is_tied_in_the_base_gets_no_update_of_its_twins(tied: Path, tmp_pa
     exported, expected = logits(model_in(tmp_path / "model")), logits(with_adapter(tied, adapter))
     assert torch.allclose(exported, expected, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(exported, logits(model_in(tied)), atol=0.5)
+
+
+def test_a_lora_of_the_head_beside_anothers_rows_of_the_embedding_it_is_tied_to(tied: Path, tmp_path: Path) -> None:
+    head = client_on(tied, tmp_path / "head", 3, target_modules=["lm_head", "q_proj"])
+    rows = client_on(tied, tmp_path / "rows", 4, trainable_token_indices=[3, 20])
+    aggregate([head, rows], tmp_path / "global", base=tied)
+    export(tmp_path / "global", str(tied), tmp_path / "model", tell=print)
+    expected = logits(with_adapter(tied, tmp_path / "global"))
+    assert torch.allclose(logits(model_in(tmp_path / "model")), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_lost_on_the_way_to_the_disk_is_seen(
