@@ -137,3 +137,8 @@ class Client:
     def n_in(self, module: str) -> float:
         """n of those in `module` whom this client stands for: but for stand-ins, its own."""
         return self.n if self.by_module is None else self.by_module[module]
+
+
+def is_frozen(name: str) -> bool:
+    """Whether a full tensor is the weight that PEFT saves along with its layer's LoRA, and that nobody trained."""
+    return name.endswith(".base_layer.weight")

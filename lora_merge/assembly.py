@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lora_merge.adapter import Client, FactorsSpec
+from lora_merge.adapter import Client, FactorsSpec, is_frozen
 from lora_merge.agreement import agreed_base_model
 from lora_merge.checkpoint.base_model import BaseModel, open_base
 from lora_merge.checkpoint.federation import Federation, base_name
@@ -59,8 +59,7 @@ def _tied_problems(federation: Federation) -> Iterator[Problem]:
     rows = {base.stored_as(base_name(name)): name for name in federation.names if name.endswith(TOKEN_SUFFIX)}
     for name in federation.names:
         embedding = rows.get(base.tied_to(base_name(name)))
-        is_frozen = name.endswith(".base_layer.weight")
-        if embedding in (None, name) or is_frozen or isinstance(federation.spec(name), FactorsSpec):
+        if embedding in (None, name) or is_frozen(name) or isinstance(federation.spec(name), FactorsSpec):
             continue
         owners = {client.id for client in federation.clients if name in client.adapter.specs}
         of_both = [client.id for client in federation.clients if embedding in client.adapter.specs]

@@ -47,18 +47,14 @@ class BaseModel:
         return next(iter(self.files.values())).parent
 
     def has(self, name: str) -> bool:
-        return self._key(name) is not None
+        return self.stored_as(name) is not None
 
     def tied_to(self, name: str) -> str | None:
         """The stored embedding that is the output layer's `name` too; None of one that has its own tensor."""
-        key = self._key(name)
+        key = self.stored_as(name)
         if key is None or not _is_head(name):
             return None
         return self._embedding() if self.ties_head or key.endswith(_EMBEDDINGS) else None
-
-    def stored_as(self, name: str) -> str | None:
-        """The name under which the tensor `name` lies in the files."""
-        return self._key(name)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "Tensor":
         """The tensor `name`, fp32."""
@@ -112,7 +108,7 @@ class BaseModel:
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open
 
-        key = self._key(name)
+        key = self.stored_as(name)
         if key is None:
             raise NotFoundError(f"The base model has no tensor {name}.")
         file: Any = safe_open(self.files[key], framework="pt")
@@ -121,10 +117,11 @@ class BaseModel:
             raise UsageError(f"The base model's {name} is quantised ({part.get_dtype()}); give it in 16 or 32 bits.")
         return part
 
-    def _key(self, name: str) -> str | None:
-        """The tensor's own name, or one that differs by a prefix which the whole model has or lacks (`transformer.`).
+    def stored_as(self, name: str) -> str | None:
+        """The name in the files of the tensor `name`: its own, or one that differs by a prefix.
 
-        An output layer that is tied to the input embedding is stored once, under the embedding's name.
+        The whole model has that prefix or lacks it (`transformer.`). An output layer that is tied to the input
+        embedding is stored once, under the embedding's name.
         """
         if name in self.files:
             return name

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_merge.adapter import Client, Factors, FactorsSpec, FullSpec, FullTensor, TokenRows, TokenSpec, Update
+from lora_merge.adapter import (
+    Client,
+    Factors,
+    FactorsSpec,
+    FullSpec,
+    FullTensor,
+    TokenRows,
+    TokenSpec,
+    Update,
+    is_frozen,
+)
 from lora_merge.aggregation.compatibility import module_names
 from lora_merge.aggregation.module import Module, Share
 from lora_merge.aggregation.whole import Value, ValueShare, rows_by_token
@@ -77,7 +87,7 @@ class Federation:
         spec = self.spec(name)
         shape = spec.shape if isinstance(spec, FullSpec) else ()
         read = None if base is None else partial(self._of_base, name, partial(base.tensor, base_name(name), shape))
-        return Value(shares, self.total, self.alpha, read, frozen=name.endswith(".base_layer.weight"))
+        return Value(shares, self.total, self.alpha, read, frozen=is_frozen(name))
 
     def token_values(self, name: str) -> dict[int, Value]:
         """Each row of an embedding that some client trained, by token. Reads the clients' rows."""

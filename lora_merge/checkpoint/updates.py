@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 
-from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec
+from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec, is_frozen
 from lora_merge.checkpoint.config import MAX_SCALING, AdapterConfig
 from lora_merge.checkpoint.layout import PREFIX, ROLES, TOKEN_ROWS, TOKEN_SUFFIX, Stored, owner_of, stored_shapes
 from lora_merge.checkpoint.naming import Endings, dotted_suffixes
@@ -164,7 +164,7 @@ def _whole(
             raise FileRefused(name, f"has the shape {entry.shape} for {len(spec.indices)} token indices")
         return {module + TOKEN_SUFFIX: Stored(spec, value)}
     # PEFT saves the weights of embeddings and output layers along with their LoRA, since they may have been resized.
-    saved_with_lora = name.endswith(".base_layer.weight") and name.removesuffix(".base_layer.weight") in lora
+    saved_with_lora = is_frozen(name) and name.removesuffix(".base_layer.weight") in lora
     trained_bias = config.bias != "none" and name.endswith(".bias")
     trained_whole = saved_module(name, config.saved) is not None
     if ".modules_to_save." in name or ".original_module." in name:

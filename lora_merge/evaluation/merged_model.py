@@ -85,7 +85,7 @@ def export(
         tell(f"Merging {adapter} into {base} in fp32")
         model = attach_in_place(load_base(found, "fp32", torch.device("cpu")), opened[0].adapter)
     merged, tokens = merged_with(model, str(adapter))
-    _round(merged, DTYPES[dtype])
+    _round(merged, dtype)
     parameters, expected = merged.num_parameters(), _logits(merged, tokens)
     tell(f"Writing {output}")
     with atomic_folder(output, force=force, kind="model") as folder:
@@ -133,13 +133,12 @@ def merged_with(model: Any, adapter: str) -> tuple[Any, Tensor]:
     return merged, tokens
 
 
-def _round(model: Any, dtype: torch.dtype) -> None:
+def _round(model: Any, dtype: str) -> None:
     """Give the fp32 weights the values that a file of `dtype` holds; raise `VerificationError` where one has none."""
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype).float()
+        parameter.data = parameter.data.to(DTYPES[dtype]).float()
         if not torch.isfinite(parameter).all():
-            kind = next(kind for kind, each in DTYPES.items() if each == dtype)
-            raise VerificationError(f"{name} does not fit into {kind}. Nothing was written.", hint="--dtype fp32")
+            raise VerificationError(f"{name} does not fit into {dtype}. Nothing was written.", hint="--dtype fp32")
 
 
 def _require_as_merged(folder: Path, tokens: Tensor, expected: Tensor) -> None:

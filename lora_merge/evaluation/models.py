@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec
+from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec, is_frozen
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder, read_ledger
 from lora_merge.checkpoint.safetensors_file import FileRefused
@@ -137,7 +137,7 @@ def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
         except (ValueError, RuntimeError) as error:
             raise _refused(adapter, str(error).strip().splitlines()[-1].strip()) from error
     # PEFT saves a head's frozen weight beside its LoRA, and has it elsewhere where the head has token rows too.
-    if homeless := [name for name in result.unexpected_keys if not name.endswith(".base_layer.weight")]:
+    if homeless := [name for name in result.unexpected_keys if not is_frozen(name)]:
         raise _refused(adapter, f"the base has no place for {homeless[0].removeprefix(PREFIX)}")
     if empty := _unfilled(wrapped, set(result.missing_keys)):
         raise _refused(adapter, f"holds nothing for {empty[0].removeprefix(PREFIX)}")
