@@ -81,9 +81,13 @@ class FactorsSpec:
 
 @dataclass(frozen=True)
 class FullSpec:
-    """The shape of a `FullTensor`."""
+    """The shape of a `FullTensor`.
+
+    A `frozen` one is the base's own, which PEFT saves along with its layer's LoRA, and nobody trained it.
+    """
 
     shape: tuple[int, ...]
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,6 @@ class Client:
         return self.n if self.by_module is None else self.by_module[module]
 
 
-def is_frozen(name: str) -> bool:
-    """Whether a full tensor is the weight that PEFT saves along with its layer's LoRA, and that nobody trained."""
-    return name.endswith(".base_layer.weight")
+def is_frozen(spec: Spec) -> bool:
+    """Whether it is the shape of a full tensor that nobody trained."""
+    return isinstance(spec, FullSpec) and spec.frozen

@@ -59,7 +59,8 @@ def _tied_problems(federation: Federation) -> Iterator[Problem]:
     rows = {base.stored_as(base_name(name)): name for name in federation.names if name.endswith(TOKEN_SUFFIX)}
     for name in federation.names:
         embedding = rows.get(base.tied_to(base_name(name)))
-        if embedding in (None, name) or is_frozen(name) or isinstance(federation.spec(name), FactorsSpec):
+        spec = federation.spec(name)
+        if embedding in (None, name) or is_frozen(spec) or isinstance(spec, FactorsSpec):
             continue
         owners = {client.id for client in federation.clients if name in client.adapter.specs}
         of_both = [client.id for client in federation.clients if embedding in client.adapter.specs]

@@ -178,6 +178,28 @@ KINDS: Sequence[Kind] = (
         models.llama,
         clients({"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}, ATTENTION),
     ),
+    # A head's bias is saved along with its weight, as X.base_layer.bias.
+    Kind(
+        "head with a bias",
+        models.phi,
+        clients({}, {"r": 3}, common={"target_modules": ["lm_head", "q_proj"], **CAUSAL}),
+    ),
+    Kind(
+        "head with a bias that some lack",
+        models.gptj,
+        clients({"target_modules": ["lm_head", "wte"]}, {"target_modules": ["lm_head"], "r": 3}, ATTENTION),
+    ),
+    # With bias="all" or "lora_only" it has the same name, and was trained.
+    Kind(
+        "head whose bias some trained",
+        models.phi,
+        clients(
+            {"target_modules": ["lm_head", "q_proj"]},
+            {"target_modules": ["lm_head"], "bias": "lora_only"},
+            {"target_modules": ["lm_head", "dense"], "r": 2, "bias": "all"},
+        ),
+        needs_base=True,
+    ),
     # GPT-2's wte is not a name that PEFT knows as an embedding: no base_layer.weight; its tied head does not move.
     Kind(
         "tied embedding",

@@ -55,6 +55,40 @@ def gpt2() -> nn.Module:
     return seeded(lambda: GPT2LMHeadModel(config))
 
 
+def phi() -> nn.Module:
+    """A one-layer Phi, whose head has a bias."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    config = PhiConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return seeded(lambda: PhiForCausalLM(config))
+
+
+def gptj() -> nn.Module:
+    """A one-layer GPT-J: a head with a bias, as Phi's, and an embedding by another name."""
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(
+        vocab_size=VOCAB,
+        n_positions=32,
+        n_embd=WIDTH,
+        n_layer=1,
+        n_head=2,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return seeded(lambda: GPTJForCausalLM(config))
+
+
 def mixtral() -> nn.Module:
     """A one-layer Mixtral with three experts, whose weights are two stacked 3-D parameters."""
     from transformers import MixtralConfig, MixtralForCausalLM

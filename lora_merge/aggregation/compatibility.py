@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from lora_merge.adapter import Client, FactorsSpec, FullSpec, Spec, is_frozen
+from lora_merge.adapter import Client, FactorsSpec, FullSpec, Spec
 from lora_merge.errors import Problem
 
 
@@ -51,7 +51,7 @@ def _trained_two_ways(clients: Sequence[Client]) -> Iterator[Problem]:
 
 def _way(name: str, spec: Spec) -> tuple[str, str]:
     if isinstance(spec, FullSpec):
-        if is_frozen(name):  # not another way
+        if spec.frozen:  # not another way
             return name, "whole"
         return name.removesuffix(".weight"), "whole"
     if isinstance(spec, FactorsSpec):

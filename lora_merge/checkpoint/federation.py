@@ -82,12 +82,14 @@ class Federation:
 
     def value(self, name: str) -> Value:
         """The full tensor `name` as all clients see it."""
-        shares = [ValueShare(client.id, client.n, partial(self._full, client, name)) for client in self._having(name)]
+        clients = self._having(name)
+        shares = [ValueShare(client.id, client.n, partial(self._full, client, name)) for client in clients]
         base = self.base if self.base is not None and self.base.has(base_name(name)) else None
         spec = self.spec(name)
         shape = spec.shape if isinstance(spec, FullSpec) else ()
         read = None if base is None else partial(self._of_base, name, partial(base.tensor, base_name(name), shape))
-        return Value(shares, self.total, self.alpha, read, frozen=is_frozen(name))
+        frozen = all(is_frozen(client.adapter.specs[name]) for client in clients)
+        return Value(shares, self.total, self.alpha, read, frozen)
 
     def token_values(self, name: str) -> dict[int, Value]:
         """Each row of an embedding that some client trained, by token. Reads the clients' rows."""

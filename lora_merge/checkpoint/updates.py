@@ -5,10 +5,10 @@ The config says what the tensors mean, and has to account for each of them: none
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
-from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec, is_frozen
+from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec
 from lora_merge.checkpoint.config import MAX_SCALING, AdapterConfig
 from lora_merge.checkpoint.layout import PREFIX, ROLES, TOKEN_ROWS, TOKEN_SUFFIX, Stored, owner_of, stored_shapes
 from lora_merge.checkpoint.naming import Endings, dotted_suffixes
@@ -62,11 +62,13 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
         except FileRefused as problem:
             problems.append(problem)
     token_adapters = sum(map(_is_token_rows, entries))
+    # PEFT saves embeddings and output layers whole, weight and bias, along with their LoRA: they may have been resized.
+    saved = {module for module in lora if f"{PREFIX}{module}.base_layer.weight" in entries}
     for key, entry in entries.items():
         name = key.removeprefix(PREFIX)
         if name != key and not name.endswith(tuple(ROLES)):
             try:
-                whole = _whole(name, entry, lora, config, token_adapters)
+                whole = _whole(name, entry, saved, config, token_adapters)
                 if found.keys() & whole.keys():
                     raise FileRefused(name, "is stored under two names")
                 found.update(whole)
@@ -153,7 +155,7 @@ def parameters_of(module: str, config: AdapterConfig) -> Iterator[str]:
 
 
 def _whole(
-    name: str, entry: TensorEntry, lora: Mapping[str, Mapping[str, str]], config: AdapterConfig, token_adapters: int
+    name: str, entry: TensorEntry, saved: Collection[str], config: AdapterConfig, token_adapters: int
 ) -> dict[str, Stored]:
     """The full tensor or token rows stored under `name`; refused where the config does not account for it."""
     value = {"value": PREFIX + name}
@@ -163,8 +165,8 @@ def _whole(
         if entry.shape != (len(spec.indices), spec.d):
             raise FileRefused(name, f"has the shape {entry.shape} for {len(spec.indices)} token indices")
         return {module + TOKEN_SUFFIX: Stored(spec, value)}
-    # PEFT saves the weights of embeddings and output layers along with their LoRA, since they may have been resized.
-    saved_with_lora = is_frozen(name) and name.removesuffix(".base_layer.weight") in lora
+    module, _, part = name.rpartition(".base_layer.")
+    saved_with_lora = module in saved and part in ("weight", "bias")
     trained_bias = config.bias != "none" and name.endswith(".bias")
     trained_whole = saved_module(name, config.saved) is not None
     if ".modules_to_save." in name or ".original_module." in name:
@@ -172,7 +174,8 @@ def _whole(
     if not (saved_with_lora or trained_bias or trained_whole):
         raise FileRefused(name, "is a tensor that the config does not account for")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.
-    return {name.replace(".base_layer.bias", ".bias"): Stored(FullSpec(entry.shape), value)}
+    full = FullSpec(entry.shape, frozen=not (trained_bias or trained_whole))
+    return {name.replace(".base_layer.bias", ".bias"): Stored(full, value)}
 
 
 def _is_token_rows(key: str) -> bool:

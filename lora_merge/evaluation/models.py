@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_merge.adapter import FactorsSpec, FullSpec, TokenSpec, is_frozen
+from lora_merge.checkpoint.federation import base_name
 from lora_merge.checkpoint.layout import PREFIX, TOKEN_SUFFIX
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, PeftFolder, open_folder, read_ledger
 from lora_merge.checkpoint.safetensors_file import FileRefused
@@ -127,6 +128,7 @@ def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT comments on tied weights and the like; what matters is checked below
         try:
@@ -136,8 +138,10 @@ def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
             result = set_peft_model_state_dict(wrapped, tensors)
         except (ValueError, RuntimeError) as error:
             raise _refused(adapter, str(error).strip().splitlines()[-1].strip()) from error
-    # PEFT saves a head's frozen weight beside its LoRA, and has it elsewhere where the head has token rows too.
-    if homeless := [name for name in result.unexpected_keys if not is_frozen(name)]:
+    # PEFT saves a head itself, frozen, beside its LoRA, and has it elsewhere where the head has token rows too.
+    frozen = [(name, each.tensors["value"]) for name, each in adapter.stored.items() if is_frozen(each.spec)]
+    elsewhere = {tensor for name, tensor in frozen if base_name(name) in own}
+    if homeless := [name for name in result.unexpected_keys if name not in elsewhere]:
         raise _refused(adapter, f"the base has no place for {homeless[0].removeprefix(PREFIX)}")
     if empty := _unfilled(wrapped, set(result.missing_keys)):
         raise _refused(adapter, f"holds nothing for {empty[0].removeprefix(PREFIX)}")

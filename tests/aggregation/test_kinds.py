@@ -6,7 +6,7 @@ import pytest
 
 from lora_merge import aggregate
 from lora_merge.errors import MissingBaseError, RefusedError
-from tests.adapters import EXACT_OR_REFUSED, KINDS, Kind
+from tests.adapters import EXACT_OR_REFUSED, KINDS, PLAIN, Kind, edited
 from tests.conftest import Federations
 from tests.dense import error, mean_model
 
@@ -63,6 +63,21 @@ def test_a_base_that_the_answer_needs_and_nobody_gave_is_an_error_that_names_its
         aggregate(federations(kind).clients, tmp_path / "global")
     assert caught.value.tensors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_head_saved_along_with_its_lora_that_is_not_the_others_is_no_copy_of_the_base(
+    part: str, federations: Federations, tmp_path: Path
+) -> None:
+    """Its vocabulary may have been resized: it counts as if it were trained."""
+    made = federations(next(kind for kind in KINDS if kind.name == "head with a bias"))
+    name = f"base_model.model.lm_head.base_layer.{part}"
+    other = edited(made.clients[0], tmp_path / "other", tensors=lambda own: {**own, name: own[name] + 1})
+    folders = [other, made.clients[1]]
+    aggregate(folders, tmp_path / "global")
+    assert error(made.kind, tmp_path / "global", mean_model(made.kind, folders, made.kind.weights)) < TOLERANCE
+    with pytest.raises(MissingBaseError, match=f"lm_head.{part}"):
+        aggregate([*folders, federations(PLAIN).clients[0]], tmp_path / "three")
 
 
 @pytest.mark.parametrize("kind", EXACT_OR_REFUSED, ids=lambda kind: kind.name)

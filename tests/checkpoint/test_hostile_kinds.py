@@ -68,6 +68,12 @@ CASES: dict[tuple[str, str], Spoil] = {
     ("embedding", "an embedding of another vocabulary"): reshaped(
         "embed_tokens.lora_embedding_A", lambda t: t[:, :30], "embed"
     ),
+    ("head with a bias", "a frozen bias of another length"): reshaped(
+        "lm_head.base_layer.bias", lambda t: t[:3], "bias"
+    ),
+    ("head with a bias", "a frozen bias without its weight"): Spoil(
+        lambda folder: drop(folder, "lm_head.base_layer.weight"), "lm_head.base_layer.bias"
+    ),
     ("lora_bias", "a bias of another length"): reshaped("q_proj.lora_B.bias", lambda t: t[:3], "q_proj"),
     ("bias all", "a bias of another length"): reshaped("o_proj.bias", lambda t: t[:3], "o_proj"),
     ("bias all", "a bias that the config does not train"): config(bias="none", named="bias"),

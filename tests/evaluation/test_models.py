@@ -19,7 +19,7 @@ from tests.adapters import KINDS, Kind
 from tests.conftest import Federations
 from tests.evaluation.conftest import client_on
 
-LANGUAGE_MODELS = (models.llama, models.gpt2, models.mixtral)
+LANGUAGE_MODELS = (models.llama, models.gpt2, models.phi, models.gptj, models.mixtral)
 each_kind = pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.build in LANGUAGE_MODELS], ids=lambda kind: kind.name
 )
@@ -68,6 +68,14 @@ def test_an_adapter_of_a_larger_base_is_refused_by_name(tmp_path: Path) -> None:
     save_file({**tensors, **deeper}, wide / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RefusedError, match=r"of-llama.*no place for model\.layers\.7"):
         attach(models.llama(), open_folder(wide))
+
+
+def test_a_heads_frozen_bias_that_the_base_has_no_place_for_is_refused(federations: Federations) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == "head with a bias"))
+    model = made.kind.build()
+    model.lm_head.bias = None
+    with pytest.raises(RefusedError, match=r"no place for lm_head\.base_layer\.bias"):
+        attach(model, open_folder(made.clients[0]))
 
 
 def test_an_adapter_of_another_width_is_refused(adapters: tuple[Path, ...], tmp_path: Path) -> None:

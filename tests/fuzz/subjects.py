@@ -22,6 +22,7 @@ OF_KINDS = (
     "rank and alpha patterns",
     "Conv1D",
     "embedding",
+    "head with a bias",
     "convolutions",
     "lora_bias",
     "bias all",
