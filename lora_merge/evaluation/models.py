@@ -113,7 +113,7 @@ def attach(base: Any, adapter: PeftFolder) -> Any:
     Raises:
         RefusedError: the adapter does not fit the base.
     """
-    whole = {name for name, spec in adapter.specs.items() if isinstance(spec, FullSpec)}
+    whole = {base_name(name) for name, spec in adapter.specs.items() if isinstance(spec, FullSpec)}
     named = list(base.named_parameters(remove_duplicate=False))
     written = {id(parameter) for name, parameter in named if name in whole or parameter.ndim < 2}
     memo = {id(parameter): parameter for _, parameter in named if id(parameter) not in written}

@@ -15,7 +15,7 @@ from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageEr
 from lora_merge.evaluation.models import attach
 from lora_merge.sources.base_models import find_model
 from tests import models
-from tests.adapters import KINDS, Kind
+from tests.adapters import KINDS, Kind, edited
 from tests.conftest import Federations
 from tests.evaluation.conftest import client_on
 
@@ -46,6 +46,20 @@ def test_adapters_leave_nothing_behind_in_the_base(kind: Kind, federations: Fede
     after = base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_head_of_another_base_is_not_written_into_this_one(federations: Federations, tmp_path: Path) -> None:
+    """PEFT saves it along with its LoRA, and loads it."""
+    made = federations(next(kind for kind in KINDS if kind.name == "head with a bias"))
+    other = edited(
+        made.clients[0],
+        tmp_path / "other",
+        tensors=lambda own: {name: value + ("lm_head.base_layer" in name) for name, value in own.items()},
+    )
+    base = made.kind.build()
+    before = models.logits(base)
+    attach(base, open_folder(other))
+    assert torch.equal(models.logits(base), before)
 
 
 def test_the_matrices_of_the_base_are_shared_not_copied(tmp_path: Path) -> None:
