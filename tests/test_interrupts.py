@@ -206,7 +206,7 @@ def test_what_a_stack_was_just_given_is_left_too() -> None:
 
     class Entered:
         __enter__ = operator.methodcaller("pressed")  # not of Python: the stack's frame is innermost
-        pressed = functools.partial(signal.raise_signal, signal.SIGINT)
+        pressed = staticmethod(functools.partial(signal.raise_signal, signal.SIGINT))
 
         def __exit__(self, *_: object) -> None:
             left.append(self)

@@ -1,7 +1,7 @@
 """Whether the clients' updates can be averaged at all: every mismatch at once."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lora_merge.adapter import Client, FactorsSpec, FullSpec, Spec
 from lora_merge.errors import Problem
@@ -15,7 +15,12 @@ def module_names(clients: Sequence[Client]) -> list[str]:
 def shape_problems(clients: Sequence[Client]) -> list[Problem]:
     """Every way in which the shapes of the clients' updates do not fit together."""
     problems = [problem for name in module_names(clients) for problem in _unequal(name, clients)]
-    return problems + list(_trained_two_ways(clients)) + list(_kinds_that_exclude_each_other(clients))
+    return [
+        *problems,
+        *_trained_two_ways(clients),
+        *_named_otherwise(clients),
+        *_kinds_that_exclude_each_other(clients),
+    ]
 
 
 def _unequal(name: str, clients: Sequence[Client]) -> Iterator[Problem]:
@@ -57,6 +62,47 @@ def _way(name: str, spec: Spec) -> tuple[str, str]:
     if isinstance(spec, FactorsSpec):
         return name, "by LoRA"
     return name.removesuffix(".token_adapter"), "by token rows"
+
+
+def _named_otherwise(clients: Sequence[Client]) -> Iterator[Problem]:
+    """Clients that have no low-rank module in common with most, but some of theirs under another path.
+
+    A file names modules as the model's code does, and that changes from release to release. Each such client would be
+    merged as one that lacks all modules of the others, and the mean would be a part of what it should be.
+    """
+    seen = {id(client.adapter.specs): _low_rank(client.adapter.specs) for client in clients}  # mostly one for all
+    own = {client.id: found for client in clients if (found := seen[id(client.adapter.specs)])}
+    if len(set(own.values())) < 2:
+        return
+    usual = Counter(own.values()).most_common(1)[0][0]
+    known = usual.union(*(modules for modules in own.values() if not modules.isdisjoint(usual)))
+    by_end: dict[tuple[str, str], list[str]] = {}
+    for name, shape in sorted(known):
+        by_end.setdefault((_ending(name), shape), []).append(name)
+    for client, modules in own.items():
+        if modules.isdisjoint(known):
+            alike = ((name, by_end.get((_ending(name), shape), ())) for name, shape in sorted(modules))
+            twins = ((name, other) for name, others in alike for other in others)
+            if pair := next((pair for pair in twins if _is_respelled(*pair)), None):
+                reason = f"seems to be {pair[1]} under the name that another release of the model's code gave it"
+                yield Problem(client, pair[0], reason)
+
+
+def _low_rank(specs: Mapping[str, Spec]) -> frozenset[tuple[str, str]]:
+    return frozenset((name, _shape(spec)) for name, spec in specs.items() if isinstance(spec, FactorsSpec))
+
+
+def _ending(module: str) -> str:
+    """`layers.0.self_attn.q_proj` of `model.language_model.layers.0.self_attn.q_proj`."""
+    parts = module.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[max(first - 1, 0) :])
+
+
+def _is_respelled(one: str, other: str) -> bool:
+    """Whether two modules of one ending may be one: what stands before it is the same, in another order, or less."""
+    before, beside = (Counter(name.removesuffix(_ending(name)).split(".")) for name in (one, other))
+    return before <= beside or beside <= before
 
 
 def _kinds_that_exclude_each_other(clients: Sequence[Client]) -> Iterator[Problem]:

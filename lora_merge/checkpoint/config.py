@@ -19,33 +19,37 @@ MAX_SCALING = 1e3
 MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say which modules to train, or how, and nothing about the numbers that came out; PEFT writes
-# `megatron_core` always, and `auto_mapping` where there is no task type.
+# `megatron_core` always, and `auto_mapping` where there is no task type. The settings of a start stay in the config of
+# an adapter that PEFT has made plain, and mean nothing beside a plain `init_lora_weights`.
 _IGNORED = {
-    *("auto_mapping", "exclude_modules", "eva_config", "inference_mode", "layers_pattern", "layers_to_transform"),
-    *("lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    "target_modules",
+    *("auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "target_modules"),
 }
 _REFUSED = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only, so it has no mean update",
     "arrow_config": "Arrow routes between adapters, so it has no mean update",
-    "corda_config": "CorDA changes the base weights",
+    "enable_lora": "PEFT has no MergedLinear any more, whose lora_B left out a part of its module",
     "ensure_weight_tying": "tied adapters are stored once and would be counted as one module",
     "kasa_config": "KaSA changes the base weights",
     "layer_replication": "replicated layers are another base model",
-    "loftq_config": "LoftQ changes the base weights",
-    "lora_ga_config": "LoRA-GA changes the base weights",
     "megatron_config": "tensor-parallel shards are not whole tensors",
     "monteclora_config": "MonteCLoRA samples its weights, so it has no one update",
     "use_bdlora": "BD-LoRA is block-diagonal, which a stack of blocks is not",
     "use_qalora": "QALoRA pools its input, so it has no update of this form",
     "velora_config": "VeLoRA is not supported",
 }
-# Starts of lora_A and lora_B that leave the base weights alone.
+# Starts of lora_A and lora_B that leave the base weights alone, and those that do not.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_CHANGING_STARTS = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+# The heads that PEFT trains whole for a task, unasked. Before PEFT 0.11 its configs did not name them.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
-_PATTERN_KEY = re.compile(r"[A-Za-z0-9._-]{1,512}")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,512}")
+_PATTERN_KEY = re.compile(r"\^?[A-Za-z0-9._-]{1,512}")
+_NO_REGEX = "(letters, digits, dots, dashes and underscores: a regular expression is not evaluated)"
 _TEXT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,512}")
 
 
@@ -54,8 +58,9 @@ class AdapterConfig:
     """What a merge needs of a client's adapter_config.json.
 
     Attributes:
-        r, lora_alpha: the defaults; `rank_pattern` and `alpha_pattern` override them by dotted suffix of a module name.
-        modules_to_save: names of modules trained whole.
+        r, lora_alpha: the defaults; `rank_pattern` and `alpha_pattern` override them by dotted suffix of a module name,
+            or by a whole one after `^`.
+        modules_to_save: names of modules trained whole, those among them that PEFT trains whole for the task.
         target_parameters: names of parameters (not modules) with a low-rank update, such as experts.
         trainable_token_indices: by embedding module name; None where the file gives a bare list.
     """
@@ -143,44 +148,56 @@ def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[Adapter
 
     The config is None where what it says of the tensors is refused, so that they cannot be held against it.
     """
+    if (kind := data.get("peft_type")) != "LORA":
+        of_mlx = kind is None and not data.keys().isdisjoint(("fine_tune_type", "lora_parameters"))
+        reason = ", and this is an adapter of MLX: it has to be converted first" if of_mlx else ""
+        return None, [FileRefused("peft_type", f"must be LORA, is {str(kind)[:40]!r}{reason}")]
     reader = ConfigReader(data)
 
     def is_rank(value: object) -> bool:
         return type(value) is int and 1 <= value <= max_r
 
     take = reader.take
+    task = take("task_type", None, _TASKS.__contains__, f"one of {', '.join(_TASKS)}")
     config = AdapterConfig(
         # PEFT before 0.20 writes an empty name where a model came from no repository.
         base_model=take("base_model_name_or_path", None, _is_text_or_empty, "a text") or None,
-        task_type=take("task_type", None, _TASKS.__contains__, f"one of {', '.join(_TASKS)}"),
+        task_type=task,
         r=take("r", 8, is_rank, f"a whole number from 1 to {max_r}"),
         lora_alpha=take("lora_alpha", 8, _is_alpha, "a finite number above 0"),
-        rank_pattern=take("rank_pattern", {}, _is_pattern(is_rank), "module suffixes and ranks"),
-        alpha_pattern=take("alpha_pattern", {}, _is_pattern(_is_alpha), "module suffixes and finite numbers"),
+        rank_pattern=take("rank_pattern", {}, _is_pattern(is_rank), f"names of modules {_NO_REGEX} and ranks"),
+        alpha_pattern=take("alpha_pattern", {}, _is_pattern(_is_alpha), f"names of modules {_NO_REGEX} and numbers"),
         use_rslora=take("use_rslora", False, _is_bool, "true or false"),
         use_dora=take("use_dora", False, _is_bool, "true or false"),
         lora_bias=take("lora_bias", False, _is_bool, "true or false"),
         fan_in_fan_out=take("fan_in_fan_out", False, _is_bool, "true or false"),
         bias=take("bias", "none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
-        modules_to_save=tuple(take("modules_to_save", (), _is_names, "a list of module names")),
+        modules_to_save=(*take("modules_to_save", (), _is_names, "a list of module names"), *_HEADS.get(task, ())),
         target_parameters=tuple(take("target_parameters", (), _is_names, "a list of parameter names")),
         trainable_token_indices=_token_indices(reader),
     )
-    is_readable = not reader.problems and data.get("peft_type") == "LORA"
-    return config if is_readable else None, [*_refusals(data), *reader.problems]
+    return None if reader.problems else config, [*_refusals(data), *reader.problems]
 
 
 def _refusals(data: Mapping[str, Any]) -> Iterator[FileRefused]:
-    if data.get("peft_type") != "LORA":
-        yield FileRefused("peft_type", f"must be LORA, is {str(data.get('peft_type'))[:40]!r}")
-    start = data.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
-        yield FileRefused("init_lora_weights", f"{str(start)[:40]!r} changes the base weights or the forward pass")
+    if reason := _not_plain(data.get("init_lora_weights")):
+        yield FileRefused("init_lora_weights", reason)
     known = AdapterConfig.__dataclass_fields__.keys() - {"base_model"}
     known |= _IGNORED | {"peft_type", "init_lora_weights", "base_model_name_or_path"}
     for name, value in data.items():
         if name not in known and value not in (None, False, 0, "", [], {}):
             yield FileRefused(name[:80], _REFUSED.get(name, "is a field that lora-merge does not know"))
+
+
+def _not_plain(start: object) -> str | None:
+    """Why a start of lora_A and lora_B is refused; None where it leaves the base weights alone."""
+    name = start.lower() if isinstance(start, str) else start  # PEFT takes Gaussian for gaussian
+    if name in _PLAIN_STARTS:
+        return None
+    if not isinstance(name, str) or not name.startswith(_CHANGING_STARTS):
+        return f"{str(start)[:40]!r} is a start that lora-merge does not know"
+    way = "" if name == "loftq" else "; save_pretrained(…, path_initial_model_for_weight_conversion=…) makes it plain"
+    return f"{name[:40]!r} changes the base weights{way}"
 
 
 def _token_indices(reader: ConfigReader) -> Mapping[str, tuple[int, ...]] | None:
@@ -208,7 +225,7 @@ def _is_alpha(value: object) -> bool:
 
 
 def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and _PATTERN_KEY.fullmatch(name) for name in value)
+    return isinstance(value, list) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in value)
 
 
 def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -225,5 +242,5 @@ def _is_token_indices(value: object) -> bool:
         return 0 < len(items) == len(set(items))
 
     if isinstance(value, dict):
-        return bool(value) and all(_PATTERN_KEY.fullmatch(name) and is_indices(v) for name, v in value.items())
+        return bool(value) and all(_NAME.fullmatch(name) and is_indices(v) for name, v in value.items())
     return is_indices(value)

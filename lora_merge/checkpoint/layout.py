@@ -33,6 +33,14 @@ ROLES = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".lora_magnitude_vector": "magnitude",
+    # With the adapter's name, as a model's own state dict has it: PEFT reads these alike.
+    ".lora_A.default.weight": "A",
+    ".lora_B.default.weight": "B",
+    ".lora_B.default.bias": "bias",
+    ".lora_embedding_A.default": "A",
+    ".lora_embedding_B.default": "B",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude",
 }
 
 

@@ -25,8 +25,8 @@ class Pattern(Generic[T]):
         self._found = {key: (place, value) for place, (key, value) in enumerate(values.items())}
 
     def match(self, name: str, default: T) -> T:
-        """The value of the first key that is `name` or a dotted suffix of it, as PEFT chooses."""
-        found = [self._found[suffix] for suffix in dotted_suffixes(name) if suffix in self._found]
+        """The value of the first key that is `name` (or that after a `^`) or a dotted suffix of it, as PEFT chooses."""
+        found = [self._found[key] for key in (f"^{name}", *dotted_suffixes(name)) if key in self._found]
         return min(found, key=itemgetter(0))[1] if found else default
 
 

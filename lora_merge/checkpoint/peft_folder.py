@@ -19,7 +19,7 @@ from lora_merge.checkpoint.safetensors_file import (
     parse_json,
 )
 from lora_merge.checkpoint.updates import Updates, find_updates
-from lora_merge.errors import NotFoundError, Problem
+from lora_merge.errors import NotFoundError, Problem, one_line
 from lora_merge.statement import FILE_NAME, MAX_BYTES, Statement, StatementError
 
 CONFIG_NAME = "adapter_config.json"
@@ -98,6 +98,9 @@ def open_folder(folder: Path) -> PeftFolder:
         return text
 
     def entries() -> Mapping[str, TensorEntry]:
+        others = {path.name for path in folder.glob("*.safetensors")}.difference(READ_NAMES)
+        if WEIGHTS_NAME not in names and others:
+            raise FileRefused("file", f"is not there; {one_line(min(others))} is no name that PEFT reads an adapter by")
         opened.append(open_safetensors(folder / WEIGHTS_NAME))
         return opened[0].entries
 
@@ -125,7 +128,10 @@ def describe(
         NotFoundError: a file may not be read.
     """
     if PICKLE_NAME in names and WEIGHTS_NAME not in names:
-        reason = "is a pickle, which can run code when read; only adapter_model.safetensors is accepted"
+        reason = (
+            f"is a pickle, which can run code when read; only {WEIGHTS_NAME} is accepted, which PEFT's save_pretrained "
+            "writes since its version 0.5"
+        )
         raise FolderRefused([FileRefused(PICKLE_NAME, reason)])
     problems: list[FileRefused] = []
     statement = config = None

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 1 << 20
 MAX_DIMENSIONS = 8
 MAX_DEPTH = 20  # of JSON; ours nests 6 deep, and a recipe's settings less
+LFS_POINTER = "is a pointer of git-lfs and not the file itself: run `git lfs pull` where it was cloned"
 PIECE_BYTES = 1 << 24  # that are read at once where a tensor is only looked at
 MAX_DIGITS = 300  # of a whole number: all of these are finite as floats too
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_LFS = b"version https://git-lfs"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 
 
@@ -144,6 +146,8 @@ def header_bytes(lead: bytes) -> int:
     """The header's size, its length field included, from the file's first 8 bytes; raises `FileRefused`."""
     if len(lead) < 8:
         raise FileRefused("header", "the file is shorter than a safetensors header")
+    if _LFS.startswith(lead[:8]):
+        raise FileRefused("file", LFS_POINTER)
     (length,) = struct.unpack("<Q", lead[:8])
     if length > MAX_HEADER_BYTES:
         raise FileRefused("header", f"{length} bytes; at most {MAX_HEADER_BYTES} are accepted")
@@ -192,6 +196,8 @@ def parse_json(text: bytes, field: str, endless: list[FileRefused] | None = None
     def whole(value: str) -> float:
         return int(value) if len(value) <= MAX_DIGITS else constant(value)
 
+    if text.startswith(_LFS):
+        raise FileRefused(field, LFS_POINTER)
     try:
         data = json.loads(
             text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=whole
@@ -223,8 +229,10 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise FileRefused(name, f"has the type {str(dtype)[:20]}; F32, F16 and BF16 are accepted")
-    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS or 0 in shape:
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
         raise FileRefused(name, "has no proper shape")
+    if 0 in shape:
+        raise FileRefused(name, f"has the shape {shape} and holds nothing, as where ZeRO-3 had it in parts elsewhere")
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise FileRefused(name, "has no proper data_offsets")
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]

@@ -14,6 +14,10 @@ from lora_merge.checkpoint.layout import PREFIX, ROLES, TOKEN_ROWS, TOKEN_SUFFIX
 from lora_merge.checkpoint.naming import Endings, dotted_suffixes
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry
 
+# What wraps a model while it is trained: under such a name PEFT finds no module, and loads nothing, without a word.
+_WRAPPERS = (f".{PREFIX}", "._checkpoint_wrapped_module.", "._fsdp_wrapped_module.", "._orig_mod.")
+_RESIZED = ("embed_tokens.weight", "lm_head.weight")  # PEFT: EMBEDDING_LAYER_NAMES
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -54,6 +58,8 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
         name = key.removeprefix(PREFIX)
         if name == key:
             problems.append(FileRefused(key, f"does not begin with {PREFIX}"))
+        elif wrapper := _wrapper_in(name):
+            problems.append(FileRefused(key, f"names its module with {wrapper.strip('.')}, by which no model has it"))
         elif suffix := next((suffix for suffix in ROLES if name.endswith(suffix)), None):
             lora.setdefault(name.removesuffix(suffix), {})[suffix] = key
     for module, keys in lora.items():
@@ -66,7 +72,7 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
     saved = {module for module in lora if f"{PREFIX}{module}.base_layer.weight" in entries}
     for key, entry in entries.items():
         name = key.removeprefix(PREFIX)
-        if name != key and not name.endswith(tuple(ROLES)):
+        if name != key and not _wrapper_in(name) and not name.endswith(tuple(ROLES)):
             try:
                 whole = _whole(name, entry, saved, config, token_adapters)
                 if found.keys() & whole.keys():
@@ -75,6 +81,10 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
             except FileRefused as problem:
                 problems.append(problem)
     return found, problems + list(_missing(found, config))
+
+
+def _wrapper_in(name: str) -> str | None:
+    return next((wrapper for wrapper in _WRAPPERS if wrapper in f".{name}"), None)
 
 
 def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:
@@ -94,10 +104,12 @@ def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[Fil
 def _factors(module: str, keys: Mapping[str, str], entries: Mapping[str, TensorEntry], config: AdapterConfig) -> Stored:
     names = {ROLES[suffix]: key for suffix, key in keys.items()}
     expected = {"A", "B"} | ({"bias"} if config.lora_bias else set()) | ({"magnitude"} if config.use_dora else set())
-    if set(names) != expected or len(names) != len(keys):
+    if len(names) != len(keys):
+        raise FileRefused(module, "has a tensor under two names")
+    if set(names) != expected:
         raise FileRefused(module, f"has {' and '.join(sorted(names))} where {' and '.join(sorted(expected))} are due")
     shapes = {role: entries[name].shape for role, name in names.items()}
-    layout = _layout(module, ".lora_embedding_A" in keys, shapes["A"], config)
+    layout = _layout(module, any("embedding" in suffix for suffix in keys), shapes["A"], config)
     spec = _spec(module, layout, shapes, config)
     if stored_shapes(spec) != shapes:
         wrong = next(role for role in shapes if stored_shapes(spec).get(role) != shapes[role])
@@ -169,13 +181,21 @@ def _whole(
     saved_with_lora = module in saved and part in ("weight", "bias")
     trained_bias = config.bias != "none" and name.endswith(".bias")
     trained_whole = saved_module(name, config.saved) is not None
-    if ".modules_to_save." in name or ".original_module." in name:
+    if config.bias != "none" and (".modules_to_save." in name or ".original_module." in name):
         raise FileRefused("bias", f"{config.bias} together with modules_to_save stores {name} under several names")
     if not (saved_with_lora or trained_bias or trained_whole):
-        raise FileRefused(name, "is a tensor that the config does not account for")
+        raise FileRefused(name, f"is a tensor that the config does not account for{_of_resizing(name)}")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.
     full = FullSpec(entry.shape, frozen=not (trained_bias or trained_whole))
     return {name.replace(".base_layer.bias", ".bias"): Stored(full, value)}
+
+
+def _of_resizing(name: str) -> str:
+    """What brings an embedding into the file of an adapter that did not train it."""
+    if not name.endswith(_RESIZED):
+        return ""
+    way = "save it with save_embedding_layers=False, or train it (modules_to_save)"
+    return f": PEFT saves it along where the vocabulary was resized; {way}"
 
 
 def _is_token_rows(key: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,16 @@ def files() -> Iterator[tuple[str, Spoil]]:
     yield "a pickle alone", Spoil(pickle_only, "pickle")
     yield "no weights", Spoil(lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS)
     yield "no config", Spoil(lambda folder: (folder / CONFIG).unlink(), CONFIG)
+    yield (
+        "weights of another name",
+        Spoil(lambda folder: (folder / WEIGHTS).rename(folder / "lora.safetensors"), "lora."),
+    )
+    for name in (CONFIG, WEIGHTS, STATEMENT):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+        yield (
+            f"a pointer of git-lfs for {name}",
+            replaced(name, partial(Path.write_bytes, data=pointer), "git lfs pull"),
+        )
     yield "weights that are a folder", replaced(WEIGHTS, Path.mkdir, WEIGHTS)
     yield "config that is a folder", replaced(CONFIG, Path.mkdir, CONFIG)
     yield "weights that are a pipe", replaced(WEIGHTS, lambda path: os.mkfifo(path), WEIGHTS)
@@ -67,14 +78,14 @@ def configs() -> Iterator[tuple[str, Spoil]]:
     yield "QALoRA", config(use_qalora=True)
     yield "BD-LoRA", config(use_bdlora={"nblocks": 2})
     yield "layer replication", config(layer_replication=[[0, 1], [0, 2]])
-    yield "LoftQ's settings", config(loftq_config={"loftq_bits": 4})
-    yield "CorDA's settings", config(corda_config={"corda_method": "ipm"})
+    yield "MergedLinear's settings", config(enable_lora=[True, False, True])
     yield "Arrow's settings", config(arrow_config={"top_k": 3})
     yield "VeLoRA's settings", config(velora_config={"scale": 1.0})
     yield "MonteCLoRA's settings", config(monteclora_config={"num_samples": 8})
     yield "a Megatron shard", config(megatron_config={"tensor_model_parallel_size": 2})
     yield "an unknown field that is set", config(invented_next_year=1)
     yield "an unknown field with a control character", config(**{"\x1b[31m": 1})
+    yield "an adapter of MLX", config_text(lambda text: '{"fine_tune_type": "lora", "num_layers": 8}', "MLX")
     for kind in ("LOHA", "IA3", "", None, ["LORA"], {}):
         yield f"the PEFT type {kind!r}", config(peft_type=kind)
     for value in ("NaN", "Infinity", "-Infinity", "1e999", "1e30", "-8", "0", '"8"', "true", "[8]", "9" * 5000):
@@ -89,7 +100,8 @@ def configs() -> Iterator[tuple[str, Spoil]]:
         ".*",
         "(a+)+$",
         "q_proj|v_proj",
-        "^q_proj",
+        "^",
+        "^^q_proj",
         "q_proj$",
         "[qv]_proj",
         "q proj",
@@ -204,7 +216,17 @@ def contents() -> Iterator[tuple[str, Spoil]]:
         tensors(lambda own: {**own, "base_model.model.x.weight": torch.ones(3)}, "x.weight"),
     )
     yield "a tensor without the prefix", tensors(lambda own: {**own, "x.lora_A.weight": torch.ones(4, 3)}, "x.lora_A")
-    yield "an adapter's name left in a key", renamed(Q0_A.replace("lora_A", "lora_A.default"), "lora_A.default")
+    yield "another adapter's name left in a key", renamed(Q0_A.replace("lora_A", "lora_A.other"), "lora_A.other")
+    yield (
+        "a tensor with the adapter's name in its key and without",
+        tensors(lambda own: {**own, Q0_A.replace("lora_A", "lora_A.default"): own[Q0_A].clone()}, "two names"),
+    )
+    for wrapper in ("base_model.model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        yield f"{wrapper} left in a key", renamed(Q0_A.replace(".self_attn", f".{wrapper}.self_attn"), wrapper)
+    yield (
+        "an embedding that was resized and not trained",
+        tensors(lambda own: {**own, "base_model.model.lm_head.weight": torch.ones(34, 16)}, "save_embedding_layers"),
+    )
     yield "a lora_A of one dimension", one(Q0_A, lambda t: t.reshape(-1), Q0)
     yield "a lora_A of three dimensions", one(Q0_A, lambda t: t.reshape(4, 4, 4), Q0)
     yield "a lora_A of another rank", one(Q0_A, lambda t: t[:2], Q0)

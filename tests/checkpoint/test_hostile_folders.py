@@ -138,7 +138,11 @@ HARMLESS = {
     "invented_later": [],
     "invented_last": False,
     "revision": "main",
-    "loftq_config": {},
+    # PEFT ignores the settings of a start that the config does not name, and leaves them where it made one plain.
+    "loftq_config": {"loftq_bits": 4},
+    "corda_config": {"corda_method": "ipm"},
+    "lora_ga_config": {"direction": "ArB2r"},
+    "init_lora_weights": "Gaussian",
 }
 
 

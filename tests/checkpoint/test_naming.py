@@ -4,10 +4,20 @@ import time
 
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
 
 from lora_merge.checkpoint.naming import Endings, Pattern
 
 NAMES = st.lists(st.sampled_from(["a", "b", "ab", "proj", "q_proj"]), min_size=1, max_size=4).map(".".join)
+
+
+KEYS = st.builds(str.__add__, st.sampled_from(["", "^"]), NAMES)
+
+
+@given(st.dictionaries(KEYS, st.integers()), NAMES)
+def test_a_pattern_takes_the_key_that_peft_takes(values: dict[str, int], name: str) -> None:
+    key = get_pattern_key(list(values), name)
+    assert Pattern(values).match(name, None) == values.get(key)
 
 
 @given(st.dictionaries(NAMES, st.integers()), NAMES)
