@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -335,6 +336,46 @@ def test_a_curve_never_holds_half_a_line(tmp_path: Path) -> None:
     path.write_text("clients,loss\n1,2\n")
     with pytest.raises(UsageError, match="is no curve"):
         curve.read(path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "a b ", "completion": "c d"}', "a note", '{"r": 8}', '{"schema_version": 2']
+)
+@pytest.mark.parametrize("before", ["", '{"schema_version": 1, "inputs": "a"}\n'])
+def test_what_no_watch_has_left_is_no_curve_and_stays(before: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(before + text)  # its last line is not ended
+    with pytest.raises(UsageError, match="is no curve"):
+        curve.read(path)
+    assert path.read_text() == before + text
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_curve_is_a_regular_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "curve.jsonl")
+    with pytest.raises(UsageError, match="no regular file"):
+        curve.read(tmp_path / "curve.jsonl")
+
+
+def test_a_killed_run_may_leave_any_beginning_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "curve.jsonl"
+    curve.append(path, {"inputs": "a"})
+    line = path.read_text().rstrip("\n")
+    for end in range(len(line)):
+        path.write_text(line[:end])
+        assert curve.read(path) == []
+
+
+@pytest.mark.parametrize("place", ["held-out.jsonl", "clients/client-0/curve.jsonl", "base/curve.jsonl"])
+def test_the_command_measures_into_nothing_that_it_reads(place: str, lora_merge: Run, tmp_path: Path) -> None:
+    client(tmp_path / "clients", 0)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "held-out.jsonl").write_text('{"prompt": "a b ", "completion": "c d"}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    watch = ("watch", "clients/*", "--onto", "global", "--data", "held-out.jsonl", "--base", "base", "--until", "1")
+    code, _, err = lora_merge(*watch, "--curve", place)
+    assert (code, "the input" in err) == (2, True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_curve_has_the_losses_that_evaluate_finds_and_goes_on_where_it_ended(

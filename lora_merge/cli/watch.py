@@ -114,9 +114,11 @@ def watch(
         reading = Reading(max_wait, out.say, out.progress)
         place = place_of(onto)
         chosen = {"base": base, "prompt_form": prompt_form, "max_length": max_length, "limit": limit, "device": device}
-        scores = _scores(data, curve, place.name, chosen, reading) if data else None
         if curve and not data:
             raise UsageError("--curve holds what is measured on --data FILE.", hint="Add --data.")
+        if curve and data:
+            _require_apart(curve, sources, [data, *([base] if base else [])])
+        scores = _scores(data, curve, place.name, chosen, reading) if data else None
         rank = without_those_typed_over(context, {"rank": rank})["rank"]
         options = {"method": method, "rank": rank, "weights": weights, "base": base, "dtype": dtype, "device": device}
         events = run(
@@ -161,6 +163,16 @@ def seconds_of(duration: str) -> float:
     if not found or not float(found[1]):
         raise UsageError(f"--for must be a time such as 90s, 30m, 8h or 2d, is {duration!r}.")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def _require_apart(curve: Path, sources: list[str], read: list[str]) -> None:
+    """Raise `UsageError` where the curve would be written into what is read."""
+    from lora_merge.checkpoint.overwriting import require_apart
+    from lora_merge.sources.local import folders_named
+
+    # Of the sources, folders: `clients/*` also matches a curve that lies in clients/, which is nobody's adapter.
+    clients = [path for path in folders_named(sources) if path.is_dir()]
+    require_apart(curve, [*clients, *folders_named(read)], "--curve")
 
 
 def _scores(data: str, curve: Path | None, place: str, chosen: Mapping[str, Any], reading: "Reading") -> "Scores":

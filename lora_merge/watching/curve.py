@@ -18,6 +18,7 @@ from lora_merge.errors import StorageError, UsageError
 from lora_merge.ledger import Ledger
 
 SCHEMA_VERSION = 1
+_BEGINNING = json.dumps({"schema_version": SCHEMA_VERSION})[:-1]  # of each line
 
 
 def curve_path(place: str) -> Path:
@@ -67,14 +68,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The finished lines of a curve; none where there is no file.
 
     Raises:
-        UsageError: it is something else than a curve.
+        UsageError: it is something else than a curve, or does not end in what a killed run left: `append` would cut
+            that off.
     """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise UsageError(f"{path} is no regular file.", hint="Name another file with --curve.")
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]
+        *finished, last = path.read_text(encoding="utf-8").split("\n")
+        lines = [json.loads(line) for line in finished]
         if any(line["schema_version"] != SCHEMA_VERSION or "inputs" not in line for line in lines):
+            raise ValueError
+        if not (last.startswith(_BEGINNING) or _BEGINNING.startswith(last)):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"{path} is no curve of this version.", hint="Name another file with --curve.") from error
