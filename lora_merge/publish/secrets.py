@@ -9,8 +9,18 @@ from typing import Any
 # Not inside a longer word: `task-…` holds no `sk-…`, and a sha256 holds no key.
 _START, _END = r"(?<![A-Za-z0-9_])", r"(?![A-Za-z0-9])"
 
-# A path of three parts whose first folders end in home or Users; in an address (`https://host/home/x`) it is no path.
-_POSIX_HOME = r"(?<![\w.:/\-])(?:file:/*)?(?:/[\w.\-]+)*?/(?:home|Users)/+[^\s/\"'`<>|]+"
+_SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]*"
+
+# Where a path may begin: not inside a longer one (`org/home/x`), nor with the host of an address (`https://home/x`),
+# but after a colon (`host:/home/x`), three slashes of an address that has no host, and `-I`, `-L` of a compiler.
+_PATH = r"(?:(?<![\w./])(?!(?<=:)//[^/])(?:file:/*)?|(?<![\w./\-])-[A-Za-z])"
+# A path of three parts whose first folders end in home or Users.
+_POSIX_HOME = rf"{_PATH}(?:/[\w.\-]+)*?/+(?:home|Users)/+[^\s/\"'`<>|]+"
+_USERS = r"(?:users|documents and settings)"
+_WINDOWS_HOME = (
+    rf"(?i)(?<![a-z])[a-z]:[\\/]+{_USERS}[\\/]+[^\s\\/\"']"
+    rf"|(?<![\w\\])\\\\+(?:[\w.$\-]+\\+)+?{_USERS}\\+[^\s\\/\"']"  # of another machine
+)
 
 _FORMS: Mapping[str, str] = {
     "a Hugging Face token": rf"{_START}(?:hf_|api_org_)[A-Za-z0-9]{{20,}}",
@@ -23,15 +33,17 @@ _FORMS: Mapping[str, str] = {
     "a GitLab token": rf"{_START}gl(?:pat|dt|rt|cbt|ptt|oas)-[A-Za-z0-9_\-]{{20,}}",
     "an API key of the form sk-…": rf"{_START}sk-(?=[A-Za-z_\-]{{0,100}}[0-9])[A-Za-z0-9_\-]{{20,}}",
     "a Stripe key": rf"{_START}[sr]k_(?:live|test)_[A-Za-z0-9]{{16,}}",
-    "a Slack token": rf"{_START}xox[abeoprs]-[A-Za-z0-9\-]{{10,}}",
+    "a Slack token": rf"{_START}(?:xox[abeoprs]|xapp-[0-9])-[A-Za-z0-9\-]{{10,}}",
     "an npm token": rf"{_START}npm_[A-Za-z0-9]{{36}}",
     "a PyPI token": rf"{_START}pypi-[A-Za-z0-9_\-]{{40,}}",
     "a private key": r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----|PuTTY-User-Key-File-\d",
     "a JSON web token": rf"{_START}eyJ[A-Za-z0-9_\-]{{8,}}\.eyJ[A-Za-z0-9_\-]{{8,}}\.[A-Za-z0-9_\-]*",
     "an authorization header": r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+[\w+/=.\-]{8,}",
-    "a password in an address": r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@\"'<>]+:[^\s/@\"'<>]+@",
-    "a path of a home folder": rf"{_POSIX_HOME}|(?<![\w.:/\-])(?:file:/*)?/root/",
-    "a path of a Windows home folder": r"(?i)(?<![a-z])[a-z]:[\\/]+(?:users|documents and settings)[\\/]+[^\s\\/\"']",
+    "a password in an address": rf"{_SCHEME}://[^\s/:@\"'<>]*:[^\s/@\"'<>]+@",
+    # Longer than a name, and with a digit: `ssh://git@host` is none.
+    "a token in an address": rf"{_SCHEME}://(?=[A-Za-z_\-]{{0,100}}[0-9])[A-Za-z0-9_\-]{{20,}}:?@",
+    "a path of a home folder": rf"{_POSIX_HOME}|{_PATH}/+root/",
+    "a path of a Windows home folder": _WINDOWS_HOME,
 }
 _PATTERNS = {kind: re.compile(form) for kind, form in _FORMS.items()}
 
