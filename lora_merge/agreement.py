@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
-from lora_merge.adapter import Adapter, Client
-from lora_merge.aggregation.compatibility import shape_problems
+from lora_merge.adapter import Adapter, Client, FactorsSpec
+from lora_merge.aggregation.compatibility import kind_of, shape_problems
 from lora_merge.checkpoint.peft_folder import Description
 from lora_merge.errors import Problem
 
@@ -34,8 +34,9 @@ def federation_problems(clients: Clients, updates: Sequence[Client] | None = Non
     """
     # Shapes are compared, tensors are not read: a description is all of an adapter that this needs.
     own = (Client(name, 1.0, cast(Adapter, description)) for name, description in clients.items())
-    claims, shapes = claim_problems(clients), shape_problems(list(own) if updates is None else updates)
-    return [*claims, *_other_bases(clients, claims, shapes), *shapes]
+    updates = list(own) if updates is None else updates
+    claims, shapes = claim_problems(clients), shape_problems(updates)
+    return [*claims, *_other_bases(clients, claims, shapes), *shapes, *_transposed_by_peft(clients, updates)]
 
 
 def claim_warnings(clients: Clients) -> list[str]:
@@ -93,6 +94,17 @@ def _other_bases(clients: Clients, claims: Iterable[Problem], shapes: Iterable[P
         if names[client] != usual:
             reason = f"is {names[client]}, where {count} of {len(names)} clients have {usual}: it may be another model"
             yield Problem(client, "base_model_name_or_path", reason)
+
+
+def _transposed_by_peft(clients: Clients, updates: Sequence[Client]) -> Iterator[Problem]:
+    """What PEFT has no adapter for, or a wrong one, where some module of the adapter is a Conv1D."""
+    transposing = [name for name, client in clients.items() if client.config.fan_in_fan_out]
+    for client in updates if transposing else ():
+        for name, spec in client.adapter.specs.items():
+            if isinstance(spec, FactorsSpec) and kind_of(name, spec) in ("experts", "MultiheadAttention"):
+                reason = f"cannot be merged with fan_in_fan_out ({transposing[0]}): PEFT has no such adapter"
+                yield Problem(client.id, name, reason)
+                break
 
 
 def _one_task(clients: Clients) -> Iterator[Problem]:

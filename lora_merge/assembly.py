@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lora_merge.adapter import Client, FactorsSpec, is_frozen
+from lora_merge.adapter import Client, FactorsSpec, TokenSpec, is_frozen
 from lora_merge.agreement import agreed_base_model
 from lora_merge.checkpoint.base_model import BaseModel, open_base
 from lora_merge.checkpoint.federation import Federation, base_name
@@ -56,10 +56,11 @@ def _tied_problems(federation: Federation) -> Iterator[Problem]:
     base = federation.base
     if base is None:
         return
-    rows = {base.stored_as(base_name(name)): name for name in federation.names if name.endswith(TOKEN_SUFFIX)}
-    for name in federation.names:
-        embedding = rows.get(base.tied_to(base_name(name)))
-        spec = federation.spec(name)
+    specs = {name: federation.spec(name) for name in federation.names}
+    of_rows = {name: spec for name, spec in specs.items() if isinstance(spec, TokenSpec)}
+    rows = {base.stored_as(base_name(name, spec)): name for name, spec in of_rows.items()}
+    for name, spec in specs.items():
+        embedding = rows.get(base.tied_to(base_name(name, spec)))
         if embedding in (None, name) or is_frozen(spec) or isinstance(spec, FactorsSpec):
             continue
         owners = {client.id for client in federation.clients if name in client.adapter.specs}

@@ -436,6 +436,64 @@ EXACT_OR_REFUSED: Sequence[Kind] = (
         needs_base=True,
         by_layer=True,
     ),
+    # Where some module is a Conv1D, PEFT turns the update of an attention's out_proj too, and takes no experts.
+    Kind(
+        "MultiheadAttention and Conv1D",
+        models.mixed,
+        clients({"target_modules": ["attention"]}, {"target_modules": ["up"], "fan_in_fan_out": True}),
+    ),
+    Kind(
+        "MultiheadAttention and the flag of Conv1D",
+        models.mixed,
+        clients({"fan_in_fan_out": True}, {}, common={"target_modules": ["attention"]}),
+    ),
+    Kind(
+        "experts and Conv1D",
+        models.mixed,
+        clients(
+            {"target_parameters": ["experts.up"], "target_modules": ["linear"]},
+            {"target_modules": ["up"], "fan_in_fan_out": True},
+        ),
+    ),
+    Kind(
+        "MultiheadAttention and DoRA",
+        models.mixed,
+        clients({"target_modules": ["attention"]}, {"target_modules": ["head"], "use_dora": True}),
+        needs_base=True,
+    ),
+    # The bias of an attention's out_proj lies under two wrappers where it has a LoRA, and under none where it has not.
+    Kind(
+        "a bias of MultiheadAttention that some trained alone",
+        models.attention,
+        clients(
+            {"target_modules": ["attention"], "bias": "lora_only"},
+            {"target_modules": ["head"], "bias": "all"},
+            {"target_modules": ["head"]},
+        ),
+        needs_base=True,
+    ),
+    # A dot in a pattern is any character to PEFT.
+    Kind(
+        "patterns of names that a dot tells apart",
+        models.mixed,
+        clients(
+            {"r": 3, "alpha_pattern": {"a.b": 2}},
+            {"r": 4, "alpha_pattern": {"a.b": 2, "a_b": 5}},
+            {"r": 4, "rank_pattern": {"a_b": 3}},
+            common={"target_modules": ["a_b", "a.b", "linear"]},
+        ),
+    ),
+    Kind(
+        "ranks of names that a dot tells apart",
+        models.mixed,
+        clients({"r": 3}, {"r": 4, "target_modules": ["a.b"]}, {"r": 3}, common={"target_modules": ["a_b", "linear"]}),
+    ),
+    Kind(
+        "experts trained whole",
+        models.mixed,
+        clients({"modules_to_save": ["experts"]}, {}, common={"target_modules": ["linear"]}),
+        needs_base=True,
+    ),
     # The biases of the saved module's wrapper and of its untrained original are in the file too.
     Kind(
         "bias all and a saved module that has one",

@@ -155,6 +155,28 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+class Mixed(nn.Module):
+    """Conv1Ds beside all that PEFT does not tell from it by its flag, and two names of which one differs by a dot."""
+
+    def __init__(self) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.square = Conv1D(WIDTH, WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.up = Conv1D(24, WIDTH)
+        self.experts = Experts()
+        self.a_b = nn.Linear(24, WIDTH)
+        self.a = nn.ModuleDict({"b": nn.Linear(WIDTH, WIDTH)})
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:  # x: (batch, length, WIDTH)
+        x = self.attention(x, x, x, need_weights=False)[0].flatten(0, 1)
+        x = torch.tanh(self.linear(torch.tanh(self.square(x))))
+        return self.head(torch.tanh(self.a["b"](torch.tanh(self.a_b(torch.tanh(self.up(self.experts(x))))))))
+
+
 class Nested(nn.Module):
     """A module called proj, and another whose name ends in it."""
 
@@ -192,6 +214,10 @@ def attention() -> nn.Module:
     return seeded(Attention)
 
 
+def mixed() -> nn.Module:
+    return seeded(Mixed)
+
+
 def nested() -> nn.Module:
     return seeded(Nested)
 
@@ -222,8 +248,8 @@ def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         if hasattr(base, "config"):
             return model(input_ids=token_ids()).logits
-        shapes = {Convolutions: (4, 3, 8, 8), Attention: (4, 6, WIDTH), Wrapped: (16, WIDTH), Nested: (16, WIDTH)}
-        return model(torch.randn(shapes[type(base)], generator=generator).to(dtype))
+        shapes = {Convolutions: (4, 3, 8, 8), Attention: (4, 6, WIDTH), Mixed: (4, 6, WIDTH)}
+        return model(torch.randn(shapes.get(type(base), (16, WIDTH)), generator=generator).to(dtype))
 
 
 def save_base(model: nn.Module, folder: Path) -> Path:

@@ -76,12 +76,13 @@ def _named_otherwise(clients: Sequence[Client]) -> Iterator[Problem]:
         return
     usual = Counter(own.values()).most_common(1)[0][0]
     known = usual.union(*(modules for modules in own.values() if not modules.isdisjoint(usual)))
-    by_end: dict[tuple[str, str], list[str]] = {}
+    by_layer: dict[tuple[str, str], list[str]] = {}
     for name, shape in sorted(known):
-        by_end.setdefault((_ending(name), shape), []).append(name)
+        if end := _layer(name):
+            by_layer.setdefault((end, shape), []).append(name)
     for client, modules in own.items():
         if modules.isdisjoint(known):
-            alike = ((name, by_end.get((_ending(name), shape), ())) for name, shape in sorted(modules))
+            alike = ((name, by_layer.get((_layer(name), shape), ())) for name, shape in sorted(modules))
             twins = ((name, other) for name, others in alike for other in others)
             if pair := next((pair for pair in twins if _is_respelled(*pair)), None):
                 reason = f"seems to be {pair[1]} under the name that another release of the model's code gave it"
@@ -92,31 +93,40 @@ def _low_rank(specs: Mapping[str, Spec]) -> frozenset[tuple[str, str]]:
     return frozenset((name, _shape(spec)) for name, spec in specs.items() if isinstance(spec, FactorsSpec))
 
 
-def _ending(module: str) -> str:
-    """`layers.0.self_attn.q_proj` of `model.language_model.layers.0.self_attn.q_proj`."""
+def _layer(module: str) -> str:
+    """`layers.0.self_attn.q_proj` of `model.language_model.layers.0.self_attn.q_proj`; empty without a number."""
     parts = module.split(".")
-    first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[max(first - 1, 0) :])
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return "" if first is None else ".".join(parts[max(first - 1, 0) :])
 
 
 def _is_respelled(one: str, other: str) -> bool:
-    """Whether two modules of one ending may be one: what stands before it is the same, in another order, or less."""
-    before, beside = (Counter(name.removesuffix(_ending(name)).split(".")) for name in (one, other))
+    """Whether two modules of one layer may be one: what stands before that is the same, in another order, or less."""
+    before, beside = (Counter(name.removesuffix(_layer(name)).split(".")) for name in (one, other))
     return before <= beside or beside <= before
 
 
 def _kinds_that_exclude_each_other(clients: Sequence[Client]) -> Iterator[Problem]:
     """What PEFT cannot hold in one adapter cannot be merged into one."""
-    specs = [(client.id, s) for client in clients for s in client.adapter.specs.values() if isinstance(s, FactorsSpec)]
-    with_bias = next((client for client, spec in specs if spec.bias), None)
-    with_dora = next((client for client, spec in specs if spec.magnitude), None)
+    specs = [
+        (client.id, kind_of(name, spec), spec)
+        for client in clients
+        for name, spec in client.adapter.specs.items()
+        if isinstance(spec, FactorsSpec)
+    ]
+    with_bias = next((client for client, _, spec in specs if spec.bias), None)
+    with_dora = next((client for client, _, spec in specs if spec.magnitude), None)
     if with_bias and with_dora:
         yield Problem(with_bias, "lora_bias", f"cannot be merged with DoRA ({with_dora}): PEFT has no such adapter")
-    for client, spec in specs:
-        if with_bias and spec.layout in ("embedding", "experts"):
-            yield Problem(
-                client, spec.layout, f"cannot be merged with lora_bias ({with_bias}): PEFT has no such adapter"
-            )
-        if with_dora and (spec.layout == "experts" or (spec.layout == "conv" and spec.blocks > 1)):
-            kind = "a grouped convolution" if spec.layout == "conv" else "experts"
+    for client, kind in dict.fromkeys((client, kind) for client, kind, _ in specs):
+        if with_bias and kind in ("embedding", "experts"):
+            yield Problem(client, kind, f"cannot be merged with lora_bias ({with_bias}): PEFT has no such adapter")
+        if with_dora and kind in ("a grouped convolution", "experts", "MultiheadAttention"):
             yield Problem(client, kind, f"cannot be merged with DoRA ({with_dora}): PEFT has no such adapter")
+
+
+def kind_of(name: str, spec: FactorsSpec) -> str:
+    """The kind of a low-rank module as its users know it."""
+    if name.endswith(".base_layer.out_proj"):
+        return "MultiheadAttention"
+    return "a grouped convolution" if spec.layout == "conv" and spec.blocks > 1 else spec.layout

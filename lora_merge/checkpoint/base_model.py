@@ -71,39 +71,42 @@ class BaseModel:
             raise Misfit(name, shape, f"row {index} of {d} numbers")
         return _finite(name, table[index])
 
-    def weight(self, module: str, spec: FactorsSpec, *, square_is_transposed: bool | None) -> "Tensor":
+    def weight(self, module: str, spec: FactorsSpec, *, some_transposed: bool) -> "Tensor":
         """W0 of a module as E d_out x d_in, fp32: an embedding's and a Conv1D's are stored transposed.
 
         Args:
-            square_is_transposed: what a square matrix is, whose shape does not tell; None is unknown.
+            some_transposed: whether there is a Conv1D somewhere, though it may not be this module.
         """
         stored = self._slice(f"{module}.weight")
         shape = tuple(stored.get_shape())
         rows, columns = spec.blocks * spec.d_out, spec.d_in
         if (shape[0], math.prod(shape[1:])) == (rows, columns) and spec.layout == "conv":
             return _finite(f"{module}.weight", stored[:]).reshape(rows, columns)
-        transposed = self.is_transposed(module, spec)
+        transposed = self._is_transposed(module, spec, some_transposed)
         if transposed is None:
-            transposed = square_is_transposed
-        if transposed is None:
+            hint = f"A {self.model_type} is not known to have a Conv1D of this name, and this one has some Conv1D."
             raise UsageError(
                 f"{module} is square, and nothing tells whether the base model stores it transposed (as a Conv1D).",
-                hint="Put the base model's config.json beside its weights.",
+                hint=hint if self.model_type else "Put the base model's config.json beside its weights.",
             )
         if shape != ((columns, rows) if transposed else (rows, columns)):
             raise Misfit(f"{module}.weight", shape, shape_text((rows, columns)))
         tensor = _finite(f"{module}.weight", stored[:])
         return tensor.mT if transposed else tensor
 
-    def is_transposed(self, module: str, spec: FactorsSpec) -> bool | None:
+    def lies_transposed(self, module: str, spec: FactorsSpec) -> bool:
+        """Whether the shape of a module's matrix is d_in x d_out and not d_out x d_in."""
+        return (spec.d_in, spec.d_out) == tuple(self._slice(f"{module}.weight").get_shape()) != (spec.d_out, spec.d_in)
+
+    def _is_transposed(self, module: str, spec: FactorsSpec, some_transposed: bool) -> bool | None:
         """Whether a module's matrix is stored d_in x d_out; None where it is square and nothing else tells."""
         if spec.layout == "embedding":
             return True
         if spec.d_out != spec.d_in:
-            return tuple(self._slice(f"{module}.weight").get_shape()) == (spec.d_in, spec.d_out)
-        if self.model_type is None:
-            return None
-        return self.model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_LAYERS
+            return self.lies_transposed(module, spec)
+        if self.model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_LAYERS:
+            return True
+        return None if self.model_type is None or some_transposed else False
 
     def _slice(self, name: str) -> Any:
         from safetensors import safe_open

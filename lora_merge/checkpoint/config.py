@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_merge.checkpoint.naming import Endings, Pattern
+from lora_merge.checkpoint.naming import Endings, Pattern, Suffixes
 from lora_merge.checkpoint.safetensors_file import FileRefused
 
 MAX_R = 1024  # of a client; a global adapter's rank may reach the size of its modules
 MAX_SCALING = 1e3
+MAX_ALIKE = 1000  # keys of a pattern that differ by where their dots are
 MAX_CONFIG_BYTES = 1 << 20
 
 # Fields that say which modules to train, or how, and nothing about the numbers that came out; PEFT writes
@@ -94,9 +95,9 @@ class AdapterConfig:
         return Endings(self.modules_to_save)
 
     @cached_property
-    def tokens(self) -> Pattern[tuple[int, ...]]:
+    def tokens(self) -> Suffixes[tuple[int, ...]]:
         """`trainable_token_indices`, by dotted suffix of an embedding's name."""
-        return Pattern(self.trainable_token_indices or {})
+        return Suffixes(self.trainable_token_indices or {})
 
     @cached_property
     def parameters(self) -> Mapping[str, Sequence[str]]:
@@ -230,7 +231,9 @@ def _is_names(value: object) -> bool:
 
 def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
     def is_pattern(value: object) -> bool:
-        return isinstance(value, dict) and all(_PATTERN_KEY.fullmatch(k) and check(v) for k, v in value.items())
+        if not (isinstance(value, dict) and all(_PATTERN_KEY.fullmatch(k) and check(v) for k, v in value.items())):
+            return False
+        return Pattern(value).most_alike <= MAX_ALIKE
 
     return is_pattern
 

@@ -14,6 +14,7 @@ from lora_merge.adapter import (
     FactorsSpec,
     FullSpec,
     FullTensor,
+    Spec,
     TokenRows,
     TokenSpec,
     Update,
@@ -59,6 +60,11 @@ class Federation:
         return {name: spec for name in self.names if isinstance(spec := self.spec(name), FactorsSpec)}
 
     @cached_property
+    def wrapped(self) -> dict[str, str]:
+        """The name of each low-rank module by its name in the base model; of nested wrappers, the innermost."""
+        return {name.replace(".base_layer", ""): name for name in sorted(self.factor_specs)}
+
+    @cached_property
     def bias(self) -> bool:
         return any(spec.bias for spec in self._factor_specs_of_all())
 
@@ -84,10 +90,10 @@ class Federation:
         """The full tensor `name` as all clients see it."""
         clients = self._having(name)
         shares = [ValueShare(client.id, client.n, partial(self._full, client, name)) for client in clients]
-        base = self.base if self.base is not None and self.base.has(base_name(name)) else None
         spec = self.spec(name)
-        shape = spec.shape if isinstance(spec, FullSpec) else ()
-        read = None if base is None else partial(self._of_base, name, partial(base.tensor, base_name(name), shape))
+        shape, of_base = spec.shape if isinstance(spec, FullSpec) else (), base_name(name, spec)
+        base = self.base if self.base is not None and self.base.has(of_base) else None
+        read = None if base is None else partial(self._of_base, name, partial(base.tensor, of_base, shape))
         frozen = all(is_frozen(client.adapter.specs[name]) for client in clients)
         return Value(shares, self.total, self.alpha, read, frozen)
 
@@ -111,7 +117,8 @@ class Federation:
 
     def needed_base_tensors(self, *, to_measure: bool = False) -> list[str]:
         """The base tensors without which the mean is not determined, or `to_measure` the size of an update."""
-        return [base_name(n) for n in self.names if self._needs_base(n) or (to_measure and self._has_value(n))]
+        needed = (n for n in self.names if self._needs_base(n) or (to_measure and self._has_value(n)))
+        return [base_name(name, self.spec(name)) for name in needed]
 
     def read(self, client: Client, name: str) -> Update:
         """One client's update, on the device; what is wrong with it is a problem of the client's."""
@@ -160,26 +167,25 @@ class Federation:
     def _base_weight(self, name: str) -> Tensor:
         assert self.base is not None
         spec = self.factor_specs[name]
-        read = partial(self.base.weight, name, spec, square_is_transposed=self._square_is_transposed)
+        read = partial(self.base.weight, name, spec, some_transposed=self._some_transposed)
         return self._of_base(name, read).to(self.device)
 
     @cached_property
-    def _square_is_transposed(self) -> bool | None:
-        """What square matrices are, where all others agree and agree with the clients' fan_in_fan_out; else None.
+    def _some_transposed(self) -> bool:
+        """Whether the clients' fan_in_fan_out, or the shape of some matrix, says that the base has a Conv1D.
 
-        PEFT writes the flag as it stood for the last module it wrapped, so alone it proves nothing.
+        PEFT writes the flag as it was for the last module that it wrapped, so it proves nothing of any other.
         """
         assert self.base is not None
         linear = [(name, spec) for name, spec in self.factor_specs.items() if spec.layout == "linear"]
-        seen = {self.base.is_transposed(name, spec) for name, spec in linear if spec.d_out != spec.d_in}
-        return self.fan_in_fan_out if seen <= {self.fan_in_fan_out} else None
+        return self.fan_in_fan_out or any(self.base.lies_transposed(name, spec) for name, spec in linear)
 
     def _base_row(self, name: str, token: int) -> Callable[[], Tensor] | None:
-        if self.base is None or not self.base.has(base_name(name)):
-            return None
         spec = self.spec(name)
         assert isinstance(spec, TokenSpec)
-        return partial(self._of_base, name, partial(self.base.row, base_name(name), token, spec.d))
+        if self.base is None or not self.base.has(base_name(name, spec)):
+            return None
+        return partial(self._of_base, name, partial(self.base.row, base_name(name, spec), token, spec.d))
 
     def _of_base(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         """What `read` reads of the base for `name`; what does not fit is a problem of each client that has `name`."""
@@ -191,13 +197,10 @@ class Federation:
             raise RefusedError(problems, hint=hint) from misfit
 
 
-def base_name(name: str) -> str:
+def base_name(name: str, spec: Spec) -> str:
     """The base model's tensor that an update of `name` starts from."""
-    if name.endswith(TOKEN_SUFFIX):
-        return name.removesuffix(TOKEN_SUFFIX) + ".weight"
-    if name.endswith((".weight", ".bias")):
-        return name.replace(".base_layer.", ".")
-    return name + ".weight"
+    own = name.removesuffix(TOKEN_SUFFIX).replace(".base_layer", "")
+    return own if isinstance(spec, FullSpec) else f"{own}.weight"
 
 
 def _moved(update: Update, device: torch.device) -> Update:

@@ -90,9 +90,9 @@ def _problem(error: MethodRefused) -> Problem:
 
 
 def _tensor_of(name: str, federation: Federation) -> str:
-    """A bias lies under base_layer where the merged adapter wraps its module."""
-    module = name.removesuffix(".bias")
-    return PREFIX + (f"{module}.base_layer.bias" if module != name and module in federation.factor_specs else name)
+    """A bias lies under base_layer where the merged adapter wraps its module, or what that is a part of."""
+    wrapped = federation.wrapped.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+    return PREFIX + (f"{wrapped}.base_layer.bias" if wrapped else name)
 
 
 def _one_rank_per_owner(merges: list[Merge]) -> list[Merge]:

@@ -187,7 +187,7 @@ def _whole(
         raise FileRefused(name, f"is a tensor that the config does not account for{_of_resizing(name)}")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.
     full = FullSpec(entry.shape, frozen=not (trained_bias or trained_whole))
-    return {name.replace(".base_layer.bias", ".bias"): Stored(full, value)}
+    return {name.replace(".base_layer", "") if name.endswith(".bias") else name: Stored(full, value)}
 
 
 def _of_resizing(name: str) -> str:

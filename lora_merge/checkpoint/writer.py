@@ -172,10 +172,11 @@ def _most_common(settings: Mapping[str, tuple[int, float]]) -> tuple[int, float]
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A rank_pattern or alpha_pattern under which PEFT finds exactly `values`.
 
-    PEFT takes the first key that is a dotted suffix of the module's name, so longer names come first, and a module
-    with the default value is named too where a shorter name would catch it.
+    PEFT takes the first key that is a dotted suffix of the module's name, a dot in it being any character. So longer
+    names come first, among equally long ones those with fewer dots, and a module with the default value is named too
+    where another name would catch it.
     """
-    longest_first = sorted(values, key=lambda name: (-len(name), name))
+    longest_first = sorted(values, key=lambda name: (-len(name), name.count("."), name))
     pattern = {name: values[name] for name in longest_first if values[name] != default}
     found = Pattern(pattern)
     caught = {name for name in values if found.match(name, default) != values[name]}

@@ -64,7 +64,7 @@ def _misfits(model: Any, found: FoundBase, adapter: PeftFolder) -> Iterator[Prob
     shapes = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
     modules = {name for name, _ in model.named_modules()}
     for name, spec in adapter.specs.items():
-        tensor = base_name(name.replace(".base_layer", ""))
+        tensor = base_name(name, spec)
         shape = shapes.get(tensor)
         if shape is not None:
             needed, fits = _needed(spec, shape)

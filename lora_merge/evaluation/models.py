@@ -113,7 +113,7 @@ def attach(base: Any, adapter: PeftFolder) -> Any:
     Raises:
         RefusedError: the adapter does not fit the base.
     """
-    whole = {base_name(name) for name, spec in adapter.specs.items() if isinstance(spec, FullSpec)}
+    whole = {base_name(name, spec) for name, spec in adapter.specs.items() if isinstance(spec, FullSpec)}
     named = list(base.named_parameters(remove_duplicate=False))
     written = {id(parameter) for name, parameter in named if name in whole or parameter.ndim < 2}
     memo = {id(parameter): parameter for _, parameter in named if id(parameter) not in written}
@@ -139,8 +139,8 @@ def attach_in_place(model: Any, adapter: PeftFolder) -> Any:
         except (ValueError, RuntimeError) as error:
             raise _refused(adapter, str(error).strip().splitlines()[-1].strip()) from error
     # PEFT saves a head itself, frozen, beside its LoRA, and has it elsewhere where the head has token rows too.
-    frozen = [(name, each.tensors["value"]) for name, each in adapter.stored.items() if is_frozen(each.spec)]
-    elsewhere = {tensor for name, tensor in frozen if base_name(name) in own}
+    frozen = [(name, each) for name, each in adapter.stored.items() if is_frozen(each.spec)]
+    elsewhere = {each.tensors["value"] for name, each in frozen if base_name(name, each.spec) in own}
     if homeless := [name for name in result.unexpected_keys if name not in elsewhere]:
         raise _refused(adapter, f"the base has no place for {homeless[0].removeprefix(PREFIX)}")
     if empty := _unfilled(wrapped, set(result.missing_keys)):

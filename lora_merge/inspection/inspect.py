@@ -168,8 +168,7 @@ def _is_measurable(client: Client, federation: Federation) -> bool:
     specs, base = client.adapter.specs, federation.base
     if base is None and any(isinstance(spec, FactorsSpec) and spec.magnitude for spec in specs.values()):
         return False
-    sized = (isinstance(spec, FactorsSpec) or (base and base.has(base_name(name))) for name, spec in specs.items())
-    return any(sized)
+    return any(isinstance(spec, FactorsSpec) or (base and base.has(base_name(n, spec))) for n, spec in specs.items())
 
 
 def _weights(inputs: Accepted) -> dict[str, float]:

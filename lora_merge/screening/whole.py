@@ -103,7 +103,7 @@ def _read(federation: Federation, name: str, part: str) -> Tensor | None:
         return read() if read else None
     if isinstance(spec, TokenSpec):
         assert federation.base is not None
-        return federation.base.row(base_name(name), int(part), spec.d)
+        return federation.base.row(base_name(name, spec), int(part), spec.d)
     return _row_norms(federation, name) if isinstance(spec, FactorsSpec) and part == MAGNITUDE else None
 
 

@@ -98,9 +98,41 @@ def test_names_without_the_models_prefix_are_found(kind: str, federations: Feder
     save_file(
         {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, bare / "model.safetensors"
     )
+    shutil.copy(made.base / "config.json", bare)
     aggregate(made.clients, tmp_path / "global", base=bare)
     wanted = mean_model(made.kind, made.clients, made.kind.weights)
     assert error(made.kind, tmp_path / "global", wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("lora", "model_type", "known"),
+    [
+        ({"target_modules": ["linear"]}, None, False),
+        ({"target_modules": ["linear"]}, "mixed", True),
+        # PEFT's flag is that of the last module.
+        ({"target_modules": ["linear", "up"]}, "mixed", False),
+        ({"target_modules": ["linear", "up", "head"]}, "mixed", False),
+        ({"target_modules": ["linear", "head"]}, "mixed", True),
+        ({"target_modules": ["linear", "square"], "fan_in_fan_out": True}, None, False),
+        ({"target_modules": ["square"], "fan_in_fan_out": True}, "mixed", False),
+        ({"target_modules": ["square"], "fan_in_fan_out": True}, "gpt2", False),  # it has none of that name
+    ],
+)
+def test_a_square_matrix_is_turned_only_where_something_tells_how_it_lies(
+    lora: dict[str, Any], model_type: str | None, known: bool, tmp_path: Path
+) -> None:
+    made = federation(
+        Kind("square", models.mixed, (Client({"use_dora": True, **lora}),) * 2, needs_base=True), tmp_path
+    )
+    if model_type is not None:
+        (made.base / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if known:
+        aggregate(made.clients, tmp_path / "global", base=made.base)
+        wanted = mean_model(made.kind, made.clients, made.kind.weights)
+        assert error(made.kind, tmp_path / "global", wanted) < TOLERANCE
+        return
+    with pytest.raises(UsageError, match=r"(linear|square) is square, and "):
+        aggregate(made.clients, tmp_path / "global", base=made.base)
 
 
 def test_a_base_of_other_shapes_is_an_error_that_names_the_tensor(federations: Federations, tmp_path: Path) -> None:
