@@ -13,7 +13,7 @@ from lora_merge.checkpoint.folder import atomic_folder
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, RecipeRef, Statement
 from lora_merge.training.fit import Fitted
-from lora_merge.training.job import Job
+from lora_merge.training.job import Job, is_main_process
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,17 @@ def write_client(
         trained_at={"start": _second(started), "end": _second(datetime.now(UTC))},
         versions=_versions(),
     )
+    if is_main_process():
+        _write(model, base, statement, job)
+    return Trained(job.output, statement, fitted)
+
+
+def _write(model: Any, base: BaseModel, statement: Statement, job: Job) -> None:
     config = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
     with atomic_folder(job.output, force=True, kind="client") as folder:  # `check_job` has said that it may be replaced
         _write_weights(model, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(config, encoding="utf-8")
         (folder / FILE_NAME).write_text(statement.to_json(), encoding="utf-8")
-    return Trained(job.output, statement, fitted)
 
 
 def _write_weights(model: Any, path: Path) -> None:

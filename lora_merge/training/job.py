@@ -1,5 +1,6 @@
 """A job: what one client brings to a recipe, checked before anything heavy is loaded."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint.folder import check_free
+from lora_merge.checkpoint.folder import alone_beside, check_free
 from lora_merge.environment import device_kind
-from lora_merge.errors import NotFoundError, UsageError
+from lora_merge.errors import ConflictError, NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, StatementError, check_client_id
 from lora_merge.training.records import check_data
@@ -77,6 +78,7 @@ def check_job(job: Job) -> None:
     Raises:
         UsageError: the client id is malformed, the data or the device is of no known kind, or the output is taken.
         NotFoundError: there is no data, or no folder with the base model.
+        ConflictError: another run trains into the same output at this moment.
     """
     try:
         check_client_id(job.client_id)
@@ -93,31 +95,74 @@ def check_job(job: Job) -> None:
 def work_folder(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Iterator[Path | None]:
     """Make the work folder, or take up the one that an interrupted run left; yields its last checkpoint.
 
-    It is removed when the block ends well. Otherwise it stays if there is a checkpoint in it to go on from.
+    It is removed when the block ends well. Otherwise it stays if there is a checkpoint in it to go on from. Meanwhile
+    no other run has it: two would write into each other's checkpoints, and a `--resume` would go on with the wrong one.
 
     Raises:
         UsageError: the checkpoint is of another run: its recipe, base, data or client differ.
+        ConflictError: another run trains into the same output at this moment.
     """
     mark, marked = _mark(job, loaded, base), job.work / _MARK
-    checkpoint = last_checkpoint(job) if job.resume else None
-    if checkpoint and not (marked.is_file() and marked.read_text(encoding="utf-8") == mark):
-        raise UsageError(
-            f"{job.work} is of another run: its recipe, --set, base model, data or client id differ.",
-            hint="--force in place of --resume starts anew.",
-        )
-    if not checkpoint:
-        shutil.rmtree(job.work, ignore_errors=True)
-        job.work.mkdir(parents=True)
-        marked.write_text(mark, encoding="utf-8")
-    if job.resume:
-        job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
-    try:
+    if not is_main_process():
+        yield last_checkpoint(job) if job.resume else None
+        return
+    with _only_run(job):
+        checkpoint = last_checkpoint(job) if job.resume else None
+        if checkpoint and not (marked.is_file() and marked.read_text(encoding="utf-8") == mark):
+            raise UsageError(
+                f"{job.work} is of another run: its recipe, --set, base model, data or client id differ.",
+                hint="--force in place of --resume starts anew.",
+            )
+        if not checkpoint:
+            _remove_checkpoints(job)
+            marked.write_text(mark, encoding="utf-8")
+        if job.resume:
+            job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
         yield checkpoint
-    except BaseException:
+        _remove_checkpoints(job)
+
+
+@contextmanager
+def _only_run(job: Job) -> Iterator[None]:
+    """Hold the work folder: made where there is none, removed at the end where no checkpoint is in it.
+
+    A killed run's lock is gone with it.
+    """
+    job.work.parent.mkdir(parents=True, exist_ok=True)
+    with alone_beside(job.work):  # or it could be removed while we open it
+        job.work.mkdir(exist_ok=True)
+        lock = _locked(job)
+    try:
+        yield
+    finally:
         if last_checkpoint(job) is None:
-            shutil.rmtree(job.work, ignore_errors=True)
-        raise
-    shutil.rmtree(job.work, ignore_errors=True)
+            with alone_beside(job.work):
+                shutil.rmtree(job.work, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(job: Job) -> int:
+    """The descriptor of the lock on the work folder, which is there."""
+    lock = os.open(job.work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConflictError(
+            f"Another run trains into {job.output} at this moment.",
+            hint="Wait until it ends, or name another --output.",
+        ) from None
+    return lock
+
+
+def _remove_checkpoints(job: Job) -> None:
+    for folder in job.work.glob("checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of torchrun's processes that writes; without torchrun, there is but one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def last_checkpoint(job: Job) -> Path | None:
@@ -132,6 +177,8 @@ def last_checkpoint(job: Job) -> Path | None:
 
 
 def _check_output(job: Job) -> None:
+    if is_main_process() and job.work.is_dir():
+        os.close(_locked(job))  # the checkpoints of a live run are nobody's to go on with, or to drop
     waiting = last_checkpoint(job) is not None
     if waiting and not (job.resume or job.force):
         raise UsageError(

@@ -5,6 +5,9 @@ import math
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_merge import aggregate
-from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
+from lora_merge.errors import ConflictError, NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.recipe_files import folder, load
 from lora_merge.sources.base_models import FoundBase, weights_sha256
 from lora_merge.statement import Statement
@@ -264,6 +267,56 @@ def test_resume_without_a_checkpoint_starts_anew_and_says_so(train: Train) -> No
     said: list[str] = []
     assert train(resume=True, tell=said.append).fitted.steps == 6
     assert "No checkpoint to go on from: starting anew" in said
+
+
+@pytest.mark.parametrize("of", ["no checkpoint", "a checkpoint"])
+def test_while_a_run_lasts_no_other_one_takes_its_output(of: str, train: Train, tmp_path: Path) -> None:
+    expected = digests(train(output=tmp_path / "alone").output)["adapter_model.safetensors"]
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    refused: list[str] = []
+
+    def another(now: Step) -> None:
+        if now.step == 4:
+            for changes in ({}, {"force": True}, {"resume": True}):
+                with pytest.raises(ConflictError, match="Another run trains into") as caught:
+                    train(data=str(tmp_path / "other.jsonl"), **changes)
+                refused.append(caught.value.message)
+
+    if of == "a checkpoint":
+        with pytest.raises(KeyboardInterrupt):
+            train(on_step=interrupt_at(2))
+    trained = train(resume=of == "a checkpoint", on_step=another)
+    assert len(refused) == 3
+    assert digests(trained.output)["adapter_model.safetensors"] == expected
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_run_held_is_free_at_once(
+    train: Train, base: Path, rows: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, work = make_recipe(steps=100_000), tmp_path / ".out.training"
+    command = [sys.executable, str(folder() / "text.py"), recipe, "--data", str(rows), "--client-id", "org/a"]
+    command += ["--output", str(tmp_path / "out"), "--base", str(base), "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (work / "run.json").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        with pytest.raises(ConflictError):
+            train()
+        process.kill()
+    assert work.is_dir()
+    assert train().fitted.steps == 6
+    assert not work.exists()
+
+
+def test_the_processes_of_torchrun_are_one_run(base: Path, rows: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(folder() / "text.py")]
+    command += [make_recipe(steps=2), "--data", str(rows), "--client-id", "org/a"]
+    command += ["--output", str(tmp_path / "out"), "--base", str(base), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(digests(tmp_path / "out")) == 3
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_output_that_is_taken_is_never_replaced_unasked(train: Train, tmp_path: Path) -> None:
