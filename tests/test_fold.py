@@ -160,6 +160,16 @@ def test_clients_of_weight_zero_are_in_the_ledger_and_in_no_stack(thin_clients: 
     same_as_one_merge(onto, thin_clients, tmp_path / "one", weights=weights)
 
 
+def test_a_client_of_weight_zero_may_come_alone(thin_clients: list[Path], tmp_path: Path) -> None:
+    onto, weights = tmp_path / "global", {"org/client-0": 2.0, "org/client-1": 0.0, "org/client-2": 3.0}
+    for i, client in enumerate(thin_clients):
+        made = fold([client], onto, weights={f"org/client-{i}": weights[f"org/client-{i}"]})
+        assert made.added == [f"org/client-{i}"]
+    same_as_one_merge(onto, thin_clients, tmp_path / "one", weights=weights)
+    with pytest.raises(UsageError, match="sum to zero"):
+        fold(thin_clients[1:2], tmp_path / "nobody", weights={"org/client-1": 0.0})
+
+
 @pytest.mark.parametrize("name", ["/models/llama", "tiny"])
 @pytest.mark.parametrize("method", ["exact", "svd"])
 def test_a_base_known_by_a_path_keeps_its_name_whoever_comes_and_goes(

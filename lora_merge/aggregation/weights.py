@@ -1,6 +1,6 @@
 """Each client's weight n: its examples, one, or what the user says. p_i is n_i over their sum."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from lora_merge.errors import UsageError
@@ -17,7 +17,12 @@ def is_in_range(number: float) -> bool:
 
 
 def resolve_weights(
-    ids: Sequence[str], counts: Sequence[int | None], choice: Weights, *, names: Mapping[str, str] | None = None
+    ids: Sequence[str],
+    counts: Sequence[int | None],
+    choice: Weights,
+    *,
+    names: Mapping[str, str] | None = None,
+    before: Collection[float] = (),
 ) -> list[float]:
     """The weight of each client, in the order of `ids`.
 
@@ -25,6 +30,7 @@ def resolve_weights(
         counts: each client's `num_examples`, None where it states none.
         choice: `examples`, `uniform`, or a number for every client by id.
         names: other names by which `choice` may call a client (the source as given), to its id.
+        before: the weights of those who are in already, beside whom all of these may be zero.
 
     Raises:
         UsageError: a count is missing, a weight is missing, unknown or out of range, or all are zero.
@@ -37,7 +43,7 @@ def resolve_weights(
         raise UsageError(f"weights must be examples, uniform or a mapping, not {choice!r}.")
     else:
         weights = _as_given(ids, choice, names or {})
-    if not any(weights):
+    if not any([*weights, *before]):
         raise UsageError("The weights sum to zero: there is nothing to average.", hint="Try --weights uniform.")
     return weights
 

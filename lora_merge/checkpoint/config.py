@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lora_merge.aggregation.weights import LARGEST
 from lora_merge.checkpoint.naming import Endings, Pattern, Suffixes
 from lora_merge.checkpoint.safetensors_file import FileRefused
 
-MAX_R = 1024  # of a client; a global adapter's rank may reach the size of its modules
+MAX_R = 1024  # of a client
 MAX_SCALING = 1e3
+MAX_GLOBAL_R = 1 << 17  # that a config may name; how wide a merged adapter may be goes by its modules
+MAX_GLOBAL_SCALING = LARGEST**2  # alpha over the sum of the weights, both of which have that range
 MAX_ALIKE = 1000  # keys of a pattern that differ by where their dots are
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -144,19 +147,26 @@ class ConfigReader:
         return value
 
 
-def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[AdapterConfig | None, list[FileRefused]]:
+def read_config(data: Mapping[str, Any], *, merged: bool = False) -> tuple[AdapterConfig | None, list[FileRefused]]:
     """A parsed adapter_config.json, and every reason to refuse it (none, for one that is accepted).
 
     The config is None where what it says of the tensors is refused, so that they cannot be held against it.
+
+    Args:
+        merged: whether it is that of a merged adapter, whose ranks and scalings may be larger than a client's.
     """
     if (kind := data.get("peft_type")) != "LORA":
         of_mlx = kind is None and not data.keys().isdisjoint(("fine_tune_type", "lora_parameters"))
         reason = ", and this is an adapter of MLX: it has to be converted first" if of_mlx else ""
         return None, [FileRefused("peft_type", f"must be LORA, is {str(kind)[:40]!r}{reason}")]
     reader = ConfigReader(data)
+    max_r, max_scaling = (MAX_GLOBAL_R, MAX_GLOBAL_SCALING) if merged else (MAX_R, MAX_SCALING)
 
     def is_rank(value: object) -> bool:
         return type(value) is int and 1 <= value <= max_r
+
+    def is_alpha(value: object) -> bool:
+        return type(value) in (int, float) and 0 < value <= max_scaling * max_r  # type: ignore[operator]
 
     take = reader.take
     task = take("task_type", None, _TASKS.__contains__, f"one of {', '.join(_TASKS)}")
@@ -165,9 +175,9 @@ def read_config(data: Mapping[str, Any], *, max_r: int = MAX_R) -> tuple[Adapter
         base_model=take("base_model_name_or_path", None, _is_text_or_empty, "a text") or None,
         task_type=task,
         r=take("r", 8, is_rank, f"a whole number from 1 to {max_r}"),
-        lora_alpha=take("lora_alpha", 8, _is_alpha, "a finite number above 0"),
+        lora_alpha=take("lora_alpha", 8, is_alpha, "a finite number above 0"),
         rank_pattern=take("rank_pattern", {}, _is_pattern(is_rank), f"names of modules {_NO_REGEX} and ranks"),
-        alpha_pattern=take("alpha_pattern", {}, _is_pattern(_is_alpha), f"names of modules {_NO_REGEX} and numbers"),
+        alpha_pattern=take("alpha_pattern", {}, _is_pattern(is_alpha), f"names of modules {_NO_REGEX} and numbers"),
         use_rslora=take("use_rslora", False, _is_bool, "true or false"),
         use_dora=take("use_dora", False, _is_bool, "true or false"),
         lora_bias=take("lora_bias", False, _is_bool, "true or false"),
@@ -219,10 +229,6 @@ def _is_text(value: object) -> bool:
 
 def _is_text_or_empty(value: object) -> bool:
     return value == "" or _is_text(value)
-
-
-def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value <= MAX_SCALING * MAX_R  # type: ignore[operator]
 
 
 def _is_names(value: object) -> bool:

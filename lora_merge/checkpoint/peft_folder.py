@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_merge import ledger, ledger_form, lock
 from lora_merge.adapter import FactorsSpec, Spec, Update
-from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, AdapterConfig, read_config
+from lora_merge.checkpoint.config import MAX_CONFIG_BYTES, MAX_R, MAX_SCALING, AdapterConfig, read_config
 from lora_merge.checkpoint.layout import Stored, owner_of
 from lora_merge.checkpoint.safetensors_file import (
     FileRefused,
@@ -30,7 +30,6 @@ CORE_NAME = "aggregation_core.safetensors"  # what stands for the clients so far
 PICKLE_NAME = "adapter_model.bin"
 RECORD_NAMES = (LEDGER_NAME, LOCK_NAME, CORE_NAME)  # of a merge
 READ_NAMES = (CONFIG_NAME, WEIGHTS_NAME, FILE_NAME, *RECORD_NAMES)
-MAX_GLOBAL_R = 1 << 17  # that a config may name; how wide a merged adapter may be goes by its modules
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,14 @@ def describe(
         )
         raise FolderRefused([FileRefused(PICKLE_NAME, reason)])
     problems: list[FileRefused] = []
+    merged = LEDGER_NAME in names
     statement = config = None
     try:
         data = parse_json(read(CONFIG_NAME, MAX_CONFIG_BYTES), CONFIG_NAME, endless=problems)
-        config, refused = read_config(data, max_r=MAX_GLOBAL_R if LEDGER_NAME in names else MAX_R)
+        config, refused = read_config(data, merged=merged)
         problems += refused
-        if config is not None and config.largest_rank > MAX_R:
-            ledger_of(read(LEDGER_NAME, ledger.MAX_BYTES))  # without one it is a client's, however wide it is
+        if merged and config != read_config(data)[0]:
+            ledger_of(read(LEDGER_NAME, ledger.MAX_BYTES))  # without one it is a client's, whatever it says
     except FileRefused as problem:
         problems.append(problem)
     try:
@@ -157,7 +157,7 @@ def describe(
         raise FolderRefused([*problems, FileRefused(WEIGHTS_NAME, error.strerror or "cannot be read")]) from None
     if config is not None:
         stored, refused = find_updates(header, config)
-        problems += refused or _too_wide(stored, config)
+        problems += refused or [*_too_wide(stored, config), *([] if merged else _too_large(stored))]
         if not problems:
             return Description(config, statement, stored)
     raise FolderRefused(problems)
@@ -218,6 +218,14 @@ def _too_wide(stored: Mapping[str, Stored], config: AdapterConfig) -> Iterator[F
             )
     if config.largest_rank > max(MAX_R, *ranks.values(), 0):
         yield FileRefused("r or rank_pattern", f"names the rank {config.largest_rank}, which no module has")
+
+
+def _too_large(stored: Mapping[str, Stored]) -> Iterator[FileRefused]:
+    """The modules whose scaling is above a client's limit."""
+    for name, each in stored.items():
+        if isinstance(each.spec, FactorsSpec) and not 0 < each.spec.scaling <= MAX_SCALING:
+            reason = f"gives {name} the scaling {each.spec.scaling:g}; at most {MAX_SCALING:g} is accepted"
+            yield FileRefused("lora_alpha", reason)
 
 
 def _no_access(error: PermissionError) -> NotFoundError:

@@ -1,6 +1,6 @@
 """What a merge will write, module by module: low-rank factors, a tensor trained whole, rows of an embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
@@ -132,7 +132,8 @@ class FullMerge:
         merged = _merged(self.value, settings)
         written = _write(write, self.tensor, merged, settings.dtype)
         error = None if settings.certificate == "off" else _error(self.value, settings, merged, written)
-        return Measured(self.name, "full tensor", None, error and SquaredError(*error))
+        from_mean = _sum([_from_mean(self.value, settings, merged)])
+        return Measured(self.name, "full tensor", None, _sum([error]), from_mean=from_mean)
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,11 @@ class TokensMerge:
         values = self.federation.token_values(self.name).values()
         merged = torch.stack([_merged(value, settings) for value in values])
         written = _write(write, self._tensor, merged, settings.dtype)
+        from_mean = _sum([_from_mean(value, settings, row) for value, row in zip(values, merged, strict=True)])
         if settings.certificate == "off":
-            return Measured(self.name, "token rows", None, None)
+            return Measured(self.name, "token rows", None, None, from_mean=from_mean)
         errors = [_error(value, settings, *rows) for value, *rows in zip(values, merged, written, strict=True)]
-        known = [error for error in errors if error is not None]
-        total = SquaredError(sum(e for e, _ in known), sum(n for _, n in known)) if len(known) == len(errors) else None
-        return Measured(self.name, "token rows", None, total)
+        return Measured(self.name, "token rows", None, _sum(errors), from_mean=from_mean)
 
 
 def _merged(value: Value, settings: Settings) -> Tensor:
@@ -172,6 +172,17 @@ def _error(value: Value, settings: Settings, merged: Tensor, written: Tensor) ->
     if settings.rule is None:
         return value.squared_error(written)
     return coordinates.squared_error(value, merged, written)
+
+
+def _from_mean(value: Value, settings: Settings, merged: Tensor) -> tuple[float, float] | None:
+    """|merged - M|^2 and |M|^2 where a rule takes the place of the mean; None where the update has no size."""
+    return None if settings.rule is None else coordinates.squared_error(value, value.mean(), merged)
+
+
+def _sum(errors: Sequence[tuple[float, float] | None]) -> SquaredError | None:
+    """Their sum; None where one is not known."""
+    known = [error for error in errors if error is not None]
+    return SquaredError(sum(e for e, _ in known), sum(n for _, n in known)) if len(known) == len(errors) else None
 
 
 def _completed(merged: Factors, spec: FactorsSpec) -> Factors:

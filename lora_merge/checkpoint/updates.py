@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
 from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec
-from lora_merge.checkpoint.config import MAX_SCALING, AdapterConfig
+from lora_merge.checkpoint.config import AdapterConfig
 from lora_merge.checkpoint.layout import PREFIX, ROLES, TOKEN_ROWS, TOKEN_SUFFIX, Stored, owner_of, stored_shapes
 from lora_merge.checkpoint.naming import Endings, dotted_suffixes
 from lora_merge.checkpoint.safetensors_file import FileRefused, TensorEntry
@@ -153,8 +153,6 @@ def _rank_and_scaling(module: str, layout: Layout, rows: int, config: AdapterCon
     r, scaling = choices.pop()
     if rows != r and (layout != "experts" or rows % r):
         raise FileRefused(module, f"has rank {rows} where the config says {r}")
-    if not 0 < scaling <= MAX_SCALING:
-        raise FileRefused("lora_alpha", f"gives {module} the scaling {scaling:g}; at most {MAX_SCALING:g} is accepted")
     return r, scaling
 
 

@@ -169,6 +169,7 @@ def weights_of_arrivals(
         )
     if not arrivals.new:
         return Weighed({}, ledger.weighting)
+    before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
     if weights is None or isinstance(weights, str):
         if made_by == "given":
             hint = " ".join(f"--weight {candidate.ref.source}=NUMBER" for candidate in arrivals.candidates.values())
@@ -176,14 +177,14 @@ def weights_of_arrivals(
         if made_by == "examples":
             _require_counts(arrivals.candidates)
         capped = replace(selection, screening=replace(selection.screening, cap_examples=cap))
-        before = {client: each.weight for client, each in kept.items() if client not in arrivals.replaces.values()}
         waved = let_in(ledger.waved_through, "num_examples", before)
         return weighed(arrivals.candidates, "uniform" if made_by == "uniform" else "examples", capped, before, waved)
     names = {name: each for each in kept.values() for name in (each.client_id, each.source)}
     for name in weights.keys() & names.keys():
         if weights[name] != names[name].weight:
             raise UsageError(f"{name} is in with the weight {names[name].weight:g}, which stays as it is.")
-    return weighed(arrivals.candidates, {name: n for name, n in weights.items() if name not in names}, selection)
+    given = {name: n for name, n in weights.items() if name not in names}
+    return weighed(arrivals.candidates, given, selection, before)
 
 
 def require_rule(ledger: Ledger, weights: Weights | None, cap_examples: str | float | None) -> None:

@@ -47,7 +47,7 @@ def weighed(
     names = _names(candidates)
     here = {*candidates, *names}
     choice = weights if isinstance(weights, str) else {k: n for k, n in weights.items() if k in here or k not in gone}
-    found = resolve_weights(list(candidates), counts, choice, names=names)
+    found = resolve_weights(list(candidates), counts, choice, names=names, before=(before or {}).values())
     n = dict(zip(candidates, found, strict=True))
     if weights != "examples":
         if screening.cap_examples is not None:

@@ -17,7 +17,7 @@ from lora_merge.errors import RefusedError
 from tests.adapters import KINDS, PLAIN, Kind, edited
 from tests.aggregation.updates import boosted, delta, deltas, module, rotated, update
 from tests.conftest import Federations, digests
-from tests.dense import delta_weights
+from tests.dense import delta_weights, mean_deltas
 
 MEDIAN, TRIMMED = Robust(rule="median"), Robust(rule="trimmed-mean", trim=0.3)
 each_rule = pytest.mark.parametrize("rule", [MEDIAN, TRIMMED], ids=lambda rule: rule.rule)
@@ -88,6 +88,20 @@ def test_every_kind_of_adapter_is_the_rule_on_its_dense_updates(
         stacked = torch.stack([each.get(name, torch.zeros_like(shape)) for each in dense])
         found = got.get(name, torch.zeros_like(shape))
         assert float((found - twin(rule, stacked, n)).abs().max()) < 1e-5 * float(stacked.abs().max())
+
+
+@each_rule
+@pytest.mark.parametrize("name", ["linear", "modules_to_save", "bias all", "tokens", "tokens that some lack"])
+def test_how_far_it_is_from_the_mean_is_told_of_all_that_moved(
+    name: str, rule: Robust, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == name))
+    record = aggregate(made.clients, tmp_path / "global", robust=rule, base=made.base, screening=None).ledger
+    mean, got = mean_deltas(made.kind, made.clients), delta_weights(made.kind, tmp_path / "global")
+    apart = sum(float((got.get(each, 0.0) - mean[each]).double().square().sum()) for each in mean)
+    size = sum(float(each.double().square().sum()) for each in mean.values())
+    assert record.from_mean is not None
+    assert record.from_mean["relative_error"] == pytest.approx((apart / size) ** 0.5, rel=6e-3)
 
 
 @each_pure

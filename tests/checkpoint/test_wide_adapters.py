@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_merge import aggregate
+from lora_merge import aggregate, fold
 from lora_merge.checkpoint.peft_folder import FolderRefused, open_folder
+from lora_merge.verify import verify
 from tests.adapters import CONFIG, rewrite_json
 from tests.large import write_client
 
@@ -46,6 +47,20 @@ def test_a_wide_one_that_no_ledger_accounts_for_is_refused(
     spoil(Path(shutil.copytree(merged, tmp_path / "global")))
     with pytest.raises(FolderRefused, match=reason):
         open_folder(tmp_path / "global")
+
+
+@pytest.mark.parametrize("weight", [1e-3, 4e-4, 1e-6, 1e-30])
+def test_small_weights_give_a_large_scaling_that_only_a_ledger_accounts_for(weight: float, tmp_path: Path) -> None:
+    clients = [write_client(tmp_path / f"client-{i}", seed=i, modules=2, width=32, rank=3) for i in range(3)]
+    weights = {f"client-{i}": weight for i in range(2)}
+    aggregate(clients[:2], tmp_path / "global", weights=weights, screening=None)
+    assert verify(tmp_path / "global", clients).verdict == "identical"
+    fold(clients[2:], tmp_path / "global", weights={"client-2": weight}, screening=None)
+    assert verify(tmp_path / "global", clients).verdict == "identical"
+    (tmp_path / "global" / LEDGER).unlink()
+    if weight < 1e-3 / 3:
+        with pytest.raises(FolderRefused, match="lora_alpha"):
+            open_folder(tmp_path / "global")
 
 
 def test_a_ledger_lets_nobody_be_wider_than_its_modules(merged: Path, tmp_path: Path) -> None:
