@@ -33,8 +33,13 @@ from lora_merge.publish.files import (
     weights_files,
 )
 from lora_merge.publish.results import read_results
-from lora_merge.publish.secrets import Secret, find_secrets
+from lora_merge.publish.secrets import Secret, find_paths, find_secrets
 
+# Where a base model is named: `_require_repository_as_base` says what to write there instead of a path.
+_BASE_NAME = re.compile(
+    r"adapter_config\.json, base_model_name_or_path|lora_merge\.json, base_model\.repo|lora-merge\.lock, base_model"
+    r"|aggregation\.json, (?:base_model|contributions\.\d+\.claims\.base_model_name_or_path)"
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
@@ -64,7 +69,7 @@ def prepare(
 
     Raises:
         NotFoundError: there is no such folder, or no such evaluation.
-        RefusedError: it is not an adapter that we accept, its base model is a path, or it holds a secret.
+        RefusedError: it is not an adapter that we accept, or it holds a secret or a path of this machine.
         UsageError: the evaluation is not one, or not of this adapter.
     """
     if not folder.is_dir():
@@ -95,7 +100,9 @@ def prepare(
                 records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
         with refusals.noted():
             texts = {**records, **{file.name: read_header(file.path) for file in weights}}
-            _require_no_secrets(folder, texts, written.get(CARD_NAME), own or {})
+            with refusals.noted():
+                _require_no_secrets(folder, texts, written.get(CARD_NAME), own or {})
+            _require_no_paths(folder, texts)
         refusals.require_none()
         assert adapter is not None
         files: list[PublishedFile] = [*(RecordFile(name, content) for name, content in records.items()), *weights]
@@ -201,8 +208,20 @@ def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], card: bytes | 
         raise RefusedError(problems, hint=hint)
 
 
+def _require_no_paths(folder: Path, texts: Mapping[str, bytes]) -> None:
+    """Raise `RefusedError` with every absolute path that an entry of a record, or of a tensor file's header, is."""
+    fields = [f"{name}, {place}" for name, content in texts.items() for place in find_paths(_text(content))]
+    reason = "is a path on somebody's machine"
+    if problems := [Problem(str(folder), field, reason) for field in fields if not _BASE_NAME.fullmatch(field)]:
+        raise RefusedError(problems, hint="Take the path out of the file, or write there what it means to others.")
+
+
 def _secrets(content: bytes, own: Mapping[str, str]) -> list[Secret]:
-    return find_secrets(content.decode("utf-8", errors="replace"), own)
+    return find_secrets(_text(content), own)
+
+
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", errors="replace")
 
 
 def _warnings(adapter: PeftFolder, ledger: Ledger | None, place: Place) -> Iterator[str]:

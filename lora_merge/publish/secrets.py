@@ -1,4 +1,7 @@
-"""What must never be published: credentials, and the paths of somebody's home. Found by form; never repeated."""
+"""What must never be published: credentials, and paths on somebody's machine. Found by form; never repeated.
+
+In prose only a home's path is known for one; in JSON every text that is an absolute path as a whole.
+"""
 
 import json
 import re
@@ -45,6 +48,7 @@ _FORMS: Mapping[str, str] = {
     "a path of a home folder": rf"{_POSIX_HOME}|{_PATH}/+root/",
     "a path of a Windows home folder": _WINDOWS_HOME,
 }
+_ABSOLUTE = re.compile(r"(?:file:)?/+[^/\s]|~\w*/|[A-Za-z]:[\\/]|\\\\\w", re.ASCII)
 _PATTERNS = {kind: re.compile(form) for kind, form in _FORMS.items()}
 
 
@@ -69,6 +73,22 @@ def find_secrets(text: str, own: Mapping[str, str] | None = None) -> list[Secret
     kinds = {secret.kind for secret in found}
     inner = {kind for value in _strings(_parsed(text)) for kind, _ in _hits(value, own or {})}
     return sorted(found | {Secret(1, kind) for kind in inner - kinds})
+
+
+def find_paths(text: str) -> list[str]:
+    """Where absolute paths stand in a text of JSON: the entries, as in `a.b.0`."""
+    found: set[str] = set()
+    rest: list[tuple[str, Any]] = [("", _parsed(text))]
+    while rest:
+        place, item = rest.pop()
+        if isinstance(item, dict):
+            found |= {place for key in item if _ABSOLUTE.match(key)}
+            rest += [(f"{place}.{key}", value) for key, value in item.items() if not _ABSOLUTE.match(key)]
+        elif isinstance(item, list):
+            rest += [(f"{place}.{number}", value) for number, value in enumerate(item)]
+        elif isinstance(item, str) and _ABSOLUTE.match(item):
+            found.add(place)
+    return sorted(place.removeprefix(".") for place in found)
 
 
 def _hits(text: str, own: Mapping[str, str]) -> Iterator[tuple[str, int]]:

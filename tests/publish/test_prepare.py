@@ -59,6 +59,48 @@ def test_a_path_that_a_ledger_keeps_of_a_client_is_not_published(merged: Path) -
     assert f"the base model of {contributions[0]['client_id']} is named by a path" in str(refusal(merged))
 
 
+@pytest.mark.parametrize("path", ["/data/lab/secret", "file:///srv/x", "~/x", "~me/x", "D:\\lab", "\\\\srv\\lab"])
+@pytest.mark.parametrize(
+    ("field", "form"),
+    [
+        ("auto_mapping.parent_library", {"auto_mapping": {"parent_library": "PATH"}}),
+        ("revision", {"revision": "PATH"}),
+        ("layers_pattern.1", {"layers_pattern": ["layers", "PATH"]}),
+        ("runtime_config", {"runtime_config": {"PATH": True}}),
+    ],
+)
+def test_a_path_in_a_field_of_the_config_that_no_merge_reads_is_refused(
+    client_a: Path, field: str, form: dict[str, Any], path: str
+) -> None:
+    edit(client_a / "adapter_config.json", **json.loads(json.dumps(form).replace("PATH", json.dumps(path)[1:-1])))
+    error = refusal(client_a)
+    assert [problem.field for problem in error.problems] == [f"adapter_config.json, {field}"]
+    assert "lab" not in str(error).replace(str(client_a), "")
+
+
+def test_a_path_in_a_statement_in_a_record_of_a_merge_or_in_a_tensor_files_header_is_refused(
+    client_a: Path, merged: Path
+) -> None:
+    recipe = {"name": "/data/lab/r.yaml", "digest": "a" * 64, "overrides": {"a": ["/data/lab/x"]}}
+    edit(client_a / "lora_merge.json", recipe=recipe)
+    path = client_a / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"made_from": "/data/lab/x"})
+    assert {problem.field for problem in refusal(client_a).problems} == {
+        "lora_merge.json, recipe.name",
+        "lora_merge.json, recipe.overrides.a.0",
+        "adapter_model.safetensors, __metadata__.made_from",
+    }
+    contributions = json.loads((merged / "aggregation.json").read_text())["contributions"]
+    contributions[0]["recipe"] = recipe
+    edit(merged / "aggregation.json", contributions=contributions)
+    assert "aggregation.json, contributions.0.recipe.name" in {problem.field for problem in refusal(merged).problems}
+
+
+def test_what_only_begins_like_a_path_is_let_through(client_a: Path) -> None:
+    edit(client_a / "adapter_config.json", exclude_modules=["/", "~", "C:", "\\.x", "a/b", "https://example.org/x"])
+    assert prepare(client_a, REPO).files
+
+
 def test_nothing_is_written(client_a: Path) -> None:
     before = {path.name: path.read_bytes() for path in client_a.iterdir()}
     prepare(client_a, REPO)
