@@ -1,11 +1,13 @@
 """The files of a folder that may be published: by name, read once, hashed as the Hub hashes them."""
 
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,7 @@ ALLOWED = (*RECORDS, *WEIGHTS)
 MAX_RECORD_BYTES = 1 << 24
 
 _CHUNK = 1 << 20
+_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 class PublishedFile(Protocol):
@@ -87,18 +90,21 @@ class WeightsFile:
 
     name: str
     path: Path
-    size: int
-    mtime_ns: int
+    found: os.stat_result
+
+    @property
+    def size(self) -> int:
+        return self.found.st_size
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as file:
+        with _open(self.path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def git_oid(self) -> str:
         digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with self.path.open("rb") as file:
+        with _open(self.path) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -107,9 +113,15 @@ class WeightsFile:
     def upload(self) -> bytes | Path:
         return self.path
 
+    def header(self) -> bytes:
+        """The header: text too, and its metadata may hold anything."""
+        with _open(self.path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            return file.read(min(length, MAX_RECORD_BYTES))
+
     def unchanged(self) -> bool:
-        now = self.path.stat()
-        return (now.st_size, now.st_mtime_ns) == (self.size, self.mtime_ns)
+        now = self.path.lstat()
+        return all(getattr(now, field) == getattr(self.found, field) for field in _IDENTITY)
 
 
 def read_records(folder: Path) -> dict[str, bytes]:
@@ -118,23 +130,15 @@ def read_records(folder: Path) -> dict[str, bytes]:
     Raises:
         RefusedError: one of them is a link, not a plain file, or far too large.
     """
-    return {name: _content(folder, name) for name in RECORDS if os.path.lexists(folder / name)}
+    return {name: _content(folder / name) for name in RECORDS if os.path.lexists(folder / name)}
 
 
 def weights_files(folder: Path) -> Iterator[WeightsFile]:
     """The allow-listed tensor files of `folder`."""
-    for name in WEIGHTS:
-        path = folder / name
+    for path in (folder / name for name in WEIGHTS):
         if os.path.lexists(path):
-            found = _plain_file(folder, name)
-            yield WeightsFile(name, path, found.st_size, found.st_mtime_ns)
-
-
-def read_header(path: Path) -> bytes:
-    """The header of a tensor file: text too, and its metadata may hold anything."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return file.read(min(length, MAX_RECORD_BYTES))
+            with _open(path) as file:
+                yield WeightsFile(path.name, path, os.fstat(file.fileno()))
 
 
 def left_out(folder: Path) -> list[str]:
@@ -142,15 +146,33 @@ def left_out(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in ALLOWED)
 
 
-def _content(folder: Path, name: str) -> bytes:
-    if _plain_file(folder, name).st_size > MAX_RECORD_BYTES:
-        raise RefusedError([Problem(str(folder), name, f"is larger than {MAX_RECORD_BYTES} bytes")])
-    return (folder / name).read_bytes()
+def _open(path: Path) -> BufferedReader:
+    """Open a file of an adapter's folder: a link there could bring any file of this machine to the Hub.
+
+    What was opened is looked at, and not its name, behind which something else may lie a moment later.
+
+    Raises:
+        RefusedError: it is a link, or something else than a plain file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise _not_plain(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_plain(path)
+    return os.fdopen(descriptor, "rb")
 
 
-def _plain_file(folder: Path, name: str) -> os.stat_result:
-    """A link in the folder could bring any file of this machine to the Hub under an allowed name."""
-    found = (folder / name).lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise RefusedError([Problem(str(folder), name, "is not a plain file; links are not followed")])
-    return found
+def _content(path: Path) -> bytes:
+    with _open(path) as file:
+        content = file.read(MAX_RECORD_BYTES + 1)
+    if len(content) > MAX_RECORD_BYTES:
+        raise RefusedError([Problem(str(path.parent), path.name, f"is larger than {MAX_RECORD_BYTES} bytes")])
+    return content
+
+
+def _not_plain(path: Path) -> RefusedError:
+    return RefusedError([Problem(str(path.parent), path.name, "is not a plain file; links are not followed")])

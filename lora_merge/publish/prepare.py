@@ -28,7 +28,6 @@ from lora_merge.publish.files import (
     RecordFile,
     WeightsFile,
     left_out,
-    read_header,
     read_records,
     weights_files,
 )
@@ -99,7 +98,7 @@ def prepare(
             with refusals.noted():
                 records[CARD_NAME] = _card(adapter, ledger, records.get(CARD_NAME), place, evaluation).encode()
         with refusals.noted():
-            texts = {**records, **{file.name: read_header(file.path) for file in weights}}
+            texts = {**records, **{file.name: file.header() for file in weights}}
             with refusals.noted():
                 _require_no_secrets(folder, texts, written.get(CARD_NAME), own or {})
             _require_no_paths(folder, texts)

@@ -1,7 +1,12 @@
 """What may leave a folder: allow-listed files of an adapter that we accept, without a secret or a path in them."""
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lora_merge.errors import NotFoundError, RefusedError, UsageError
-from lora_merge.publish.files import RecordFile
+from lora_merge.publish.files import RecordFile, read_records, weights_files
 from lora_merge.publish.prepare import Prepared, prepare
 from tests.publish.conftest import client_folder
 
@@ -190,6 +195,50 @@ def test_a_link_is_not_followed(client_a: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("something")
     os.symlink(tmp_path / "secret", client_a / "README.md")
     assert "links are not followed" in str(refusal(client_a))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["README.md", "adapter_model.safetensors"])
+def test_what_is_no_plain_file_is_refused_at_once(client_a: Path, name: str, make: Callable[[Path], object]) -> None:
+    (client_a / name).unlink(missing_ok=True)
+    make(client_a / name)
+    with pytest.raises(RefusedError, match="is not a plain file"):
+        [*read_records(client_a), *weights_files(client_a)]
+
+
+SWAP = """
+import os, sys
+plain, link, place = (os.path.join(sys.argv[1], name) for name in ("plain", "link", "README.md"))
+while True:
+    open(plain, "w").close()
+    os.rename(plain, place)
+    os.symlink(sys.argv[2], link)
+    os.rename(link, place)
+"""
+
+
+def test_a_link_that_takes_a_files_place_at_any_moment_is_not_followed(client_a: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    swapping = subprocess.Popen([sys.executable, "-c", SWAP, client_a, tmp_path / "secret"])
+    try:
+        end, found = time.monotonic() + 1, set()
+        while time.monotonic() < end:
+            with contextlib.suppress(RefusedError):
+                found.add(read_records(client_a).get("README.md", b""))
+    finally:
+        swapping.kill()
+        swapping.wait()
+    assert found == {b""}
+
+
+def test_a_link_to_a_file_of_the_same_size_and_time_is_another_file(client_a: Path, tmp_path: Path) -> None:
+    [file] = weights_files(client_a)
+    assert file.unchanged()
+    os.rename(file.path, tmp_path / "weights")
+    os.symlink(tmp_path / "weights", file.path)
+    assert not file.unchanged()
+    with pytest.raises(RefusedError, match="links are not followed"):
+        file.sha256  # noqa: B018
 
 
 def test_hashes_are_the_ones_that_git_and_the_hub_have(client_a: Path) -> None:
