@@ -112,7 +112,7 @@ def _named_base(folders: Mapping[str, PeftFolder], needed: Sequence[str], tell: 
     try:
         model = open_base(name, commit=commits.pop() if len(commits) == 1 else None)
     except NotFoundError as error:
-        why = "A client trained whole tensors or DoRA; their mean, or a rule that measures updates, needs the base"
+        why = "A client has whole tensors or DoRA; their mean, or a rule that measures updates, needs the base"
         raise MissingBaseError(needed, why=why) from error
     # A stranger's config names it: whoever merges should see which files that came to mean here.
     tell(f"The base model {name}, which the adapters name, is read from {model.folder} (another: --base).")

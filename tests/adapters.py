@@ -177,6 +177,7 @@ KINDS: Sequence[Kind] = (
         "embedding that some lack",
         models.llama,
         clients({"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"]}, ATTENTION),
+        needs_base=True,  # to see that what some saved along is what the others have
     ),
     # A head's bias is saved along with its weight, as X.base_layer.bias.
     Kind(
@@ -188,6 +189,7 @@ KINDS: Sequence[Kind] = (
         "head with a bias that some lack",
         models.gptj,
         clients({"target_modules": ["lm_head", "wte"]}, {"target_modules": ["lm_head"], "r": 3}, ATTENTION),
+        needs_base=True,
     ),
     # With bias="all" or "lora_only" it has the same name, and was trained.
     Kind(

@@ -6,6 +6,7 @@ base's value towards the mean. Only those two need the base's value.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,16 +49,23 @@ class Value:
     @property
     def needs_base(self) -> bool:
         """Whether the clients alone do not determine the mean: one lacks the tensor, or alpha is not 1."""
-        return not self.is_untrained and self._is_open
+        return not self.is_untrained and (self.alpha != 1 or self._some_lack)
 
-    @property
+    @cached_property
     def is_untrained(self) -> bool:
-        """Whether all clients hold one copy of the base's value."""
-        return self.frozen and self._common() is not None
+        """Whether it is the base's value: all clients say so, or some do and it is.
+
+        What some hold and others lack may be anything: who writes it would put a value of his own in the place of all.
+        """
+        if not self.frozen or (common := self._common()) is None:
+            return False
+        if not self._some_lack:
+            return True
+        return self.base is not None and torch.equal(common, self.base().to(common).reshape(common.shape))
 
     @property
-    def _is_open(self) -> bool:
-        return self.alpha != 1 or sum(share.n for share in self.shares) != self.total
+    def _some_lack(self) -> bool:
+        return sum(share.n for share in self.shares) != self.total
 
     def mean(self) -> Tensor:
         """W0 + alpha sum p_i (W_i - W0), fp32. Where all clients hold the same bits, those bits."""
@@ -74,8 +82,8 @@ class Value:
 
     def squared_error(self, written: Tensor) -> tuple[float, float] | None:
         """|written - mean|^2 and |mean - W0|^2 in fp64; None where W0 is not at hand to tell the update's size."""
-        if self.frozen and (common := self._common()) is not None:
-            return float((written.double() - common.double()).square().sum()), 0.0
+        if self.is_untrained:
+            return float((written.double() - self.shares[0].read().double()).square().sum()), 0.0
         if self.base is None:
             return None
         base = self.base().to(written).double().reshape(written.shape)

@@ -80,6 +80,26 @@ def test_a_head_saved_along_with_its_lora_that_is_not_the_others_is_no_copy_of_t
         aggregate([*folders, federations(PLAIN).clients[0]], tmp_path / "three")
 
 
+def test_a_head_that_one_client_alone_saved_along_is_held_against_the_base(
+    federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == "head with a bias"))
+    name = "base_model.model.lm_head.base_layer.weight"
+    lie = edited(made.clients[0], tmp_path / "lie", tensors=lambda own: {**own, name: own[name] + 1})
+    plain = edited(
+        made.clients[1],
+        tmp_path / "plain",
+        config={"target_modules": ["q_proj"]},
+        tensors=lambda own: {key: value for key, value in own.items() if "lm_head" not in key},
+    )
+    for head in (made.clients[0], lie):
+        folders, output = [head, plain], tmp_path / f"global of {head.name}"
+        with pytest.raises(MissingBaseError, match=r"lm_head\.weight"):
+            aggregate(folders, output, weights="uniform")
+        aggregate(folders, output, weights="uniform", base=made.base, screening=None)
+        assert error(made.kind, output, mean_model(made.kind, folders, [0.5, 0.5])) < TOLERANCE
+
+
 @pytest.mark.parametrize("kind", EXACT_OR_REFUSED, ids=lambda kind: kind.name)
 def test_what_the_files_leave_open_is_merged_exactly_or_refused(
     kind: Kind, federations: Federations, tmp_path: Path
