@@ -1,12 +1,12 @@
 """Merging under a lock: reading and writing `lora-merge.lock`, the commits it pins, and what it forbids."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_merge.aggregation.robust import WrongChoice, require_enough, robust_of
 from lora_merge.aggregation.weights import IN_RANGE, is_in_range
+from lora_merge.checkpoint.folder import file_beside, write_file
 from lora_merge.checkpoint.overwriting import adapter_around
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, VerificationError
@@ -60,7 +60,7 @@ def is_to_be_written(path: Path, output: Path) -> bool:
 
     Raises:
         UsageError: it is not there, and would be the output or a new file in an adapter's folder.
-        OSError: no file can be written there, which is said before the merge.
+        StorageError: no file can be written there, which is said before the merge.
     """
     place, into = Path(os.path.realpath(path)), Path(os.path.realpath(output))
     if place == into / FILE_NAME:
@@ -72,32 +72,14 @@ def is_to_be_written(path: Path, output: Path) -> bool:
             hint="Name a lock that is there, or a place for a new one apart from adapters.",
         )
     if folder is None:
-        with _file_beside(path):
+        with file_beside(path):
             pass
     return folder is None
 
 
 def write_lock(lock: Lock, path: Path) -> None:
     """Write the lock to `path`, whole or not at all."""
-    with _file_beside(path) as work:
-        with work.open("w", encoding="ascii") as file:
-            file.write(lock.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
-
-
-@contextmanager
-def _file_beside(path: Path) -> Iterator[Path]:
-    """An empty file in the folder of `path`, which is gone at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        work.touch()
-        yield work
-    finally:
-        with suppress(OSError):  # what is wrong with the name was said already
-            work.unlink()
+    write_file(path, lock.to_json())
 
 
 def pins_of(lock: Lock | None) -> Mapping[str, str]:

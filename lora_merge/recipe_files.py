@@ -1,6 +1,5 @@
 """Where recipes and their scripts are: shipped, by path, or copied."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,13 +84,15 @@ def copy(name: str, destination: Path, *, force: bool = False) -> list[Path]:
 
     Raises:
         UsageError: a file is already there, and `force` is not set.
+        StorageError: the disk is full or not writable.
     """
+    from lora_merge.checkpoint.folder import write_file  # which a list of the names need not wait for
+
     loaded = load(name)
     sources = (loaded.path, script_of(loaded))
     targets = [destination / source.name for source in sources]
     if not force and (there := [str(target) for target in targets if target.exists()]):
         raise UsageError(f"Already there: {', '.join(there)}.", hint="--force replaces; or name another folder.")
-    destination.mkdir(parents=True, exist_ok=True)
     for source, target in zip(sources, targets, strict=True):
-        shutil.copyfile(source, target)
+        write_file(target, source.read_text(encoding="utf-8"))
     return targets

@@ -13,7 +13,7 @@ import pytest
 from lora_merge import aggregate
 from lora_merge.checkpoint.intact import own_hashes
 from lora_merge.checkpoint.peft_folder import PeftFolder
-from lora_merge.errors import NotFoundError, RefusedError, UsageError, VerificationError
+from lora_merge.errors import NotFoundError, RefusedError, StorageError, UsageError, VerificationError
 from lora_merge.lock import FILE_NAME, Lock, LockError
 from lora_merge.locking import read_lock, write_lock
 from lora_merge.verify import verify
@@ -197,7 +197,7 @@ def test_a_lock_that_cannot_be_written_is_said_before_the_merge(plain: Folders, 
         aggregate(plain, tmp_path / "global", lock=tmp_path / "global")
     for place in ("a" * 300, "file/my.lock"):
         (tmp_path / "file").touch()
-        with pytest.raises(OSError, match=r"File name too long|File exists|Not a directory"):
+        with pytest.raises(StorageError, match=r"File name too long|File exists|Not a directory"):
             aggregate(plain, tmp_path / "global", lock=tmp_path / place)
     assert {entry.name for entry in tmp_path.iterdir()} == {"file"}
 

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside, flushed, renamed."""
+"""A folder, or a file, that appears whole or not at all: written beside, flushed, renamed."""
 
 import ctypes
 import fcntl
@@ -53,6 +53,42 @@ def atomic_folder(
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path`, or leave what is there as it was; the folders that it lies in are made.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    with file_beside(path) as work:
+        with work.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        work.chmod(0o666 & ~_umask())  # mkstemp makes private ones
+        os.replace(work, path)
+
+
+@contextmanager
+def file_beside(path: Path) -> Iterator[Path]:
+    """An empty file in the folder of `path`, of a name that no other run has and nobody knows; gone at the end.
+
+    Raises:
+        StorageError: it cannot be made, or what is done with it fails.
+    """
+    work: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+        os.close(descriptor)
+        work = Path(name)
+        yield work
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        if work is not None:
+            work.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import typer
 
 from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.waiting import MaxWaitOption
-from lora_merge.errors import StorageError, UsageError
+from lora_merge.errors import LoraMergeError, UsageError
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
@@ -99,9 +99,14 @@ def evaluate(
         )
         record = record_of(question, comparison)
         made = [f"{model['name']} {model['loss']['value']:.4f}" for model in record["models"]]
+        try:
+            if output:
+                _write(output, record, force)
+        except LoraMergeError:  # what took long to find is told all the same; under -q only what was made is
+            if not quiet:
+                out.result(record, show=lambda: drawn(record))
+            raise
         out.result(record, made=str(output) if output else made, show=lambda: drawn(record))
-        if output:  # last: what took long to find is told even where it cannot be written
-            _write(output, record, force)
 
 
 def _require_inputs(base: str, adapters: list[str], data: str, device: str, out: Output) -> None:
@@ -141,21 +146,16 @@ def _require_free(path: Path, force: bool) -> None:
 def _is_evaluation(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"schema_version", "answer_tokens", "models"} <= found.keys()
 
 
 def _write(path: Path, record: dict[str, Any], force: bool) -> None:
+    from lora_merge.checkpoint.folder import write_file
+
     _require_free(path, force)  # again: it may have been taken meanwhile
-    beside = path.with_name(f".{path.name}.partial")
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror}.") from error
+    write_file(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
 
 
 def record_of(question: "Question", comparison: "Comparison") -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """What --force may replace: a result of its own kind, whole and alone; and nothing ever that is read."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lora_merge.checkpoint.folder import atomic_folder, check_free, scratch_folder
+from lora_merge.checkpoint.folder import atomic_folder, check_free, scratch_folder, write_file
 from lora_merge.checkpoint.overwriting import Kind, require_apart
 from lora_merge.errors import StorageError, UsageError
 from lora_merge.ledger import Certificate, Contribution, Ledger
@@ -181,3 +183,24 @@ def test_a_scratch_folder_can_be_written_in_as_any_other(tmp_path: Path, monkeyp
     with scratch_folder() as scratch, atomic_folder(scratch / "again") as work:
         (work / "new").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_files_that_are_written_at_once_one_is_there_whole_and_no_other(tmp_path: Path) -> None:
+    path, texts = tmp_path / "new" / "file", [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as threads:
+        for _ in threads.map(lambda text: write_file(path, text), texts):
+            assert path.read_text() in texts
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+def test_a_link_that_lies_where_a_file_is_written_beside_is_not_written_through(tmp_path: Path) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    other.write_text("theirs")
+    for name in (".file.partial", f".file.partial-{os.getpid()}"):
+        (tmp_path / name).symlink_to(other)
+    mask = os.umask(0o027)
+    try:
+        write_file(path, "ours")
+    finally:
+        os.umask(mask)
+    assert (path.read_text(), path.stat().st_mode & 0o777, other.read_text()) == ("ours", 0o640, "theirs")

@@ -114,6 +114,8 @@ def test_evaluate_replaces_nothing_but_an_evaluation_and_that_only_by_force(
         assert code == 2, output
         assert "the input" in err or "no evaluation" in err
     assert everything(tmp_path) == before
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert "no evaluation" in lora_merge(*run, "-o", "deep.json", "--force")[2]
     assert lora_merge(*run, "-o", "new/made.json")[:2] == (0, "new/made.json\n")
     assert [lora_merge(*run, "-o", "new/made.json", *more)[0] for more in ((), ("--force",))] == [2, 0]
 
@@ -142,6 +144,10 @@ def test_evaluate_says_what_it_found_even_where_it_cannot_be_written(
     assert '"models"' in out
     assert out.count("schema_version") == 1
     assert "No space left" in err
+    code, out, err = lora_merge(*run, "-o", "made.json", "-q")
+    assert (code, out) == (7, "")  # nothing was made
+    assert "error: made.json could not be written: No space left" in err
+    assert list(tmp_path.glob("*made.json*")) == []
 
 
 def test_a_demo_never_removes_what_no_demo_made(base: Path, lora_merge: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`lora-merge recipes`: what it prints, and its exit codes."""
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_copy_makes_the_files_and_refuses_to_overwrite(run: Run, tmp_path: Path)
     assert (code, out) == (2, "")
     assert "Already there" in err
     assert run("copy", "laptop", str(tmp_path / "ours"), "--force")[0] == 0
+
+
+def test_a_copy_that_finds_no_room_names_its_place_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        code, out, err = run("copy", "laptop", str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (code, out) == (7, "")
+    assert err.startswith(f"error: {tmp_path / 'laptop.yaml'} could not be written: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_recipe_is_exit_4_with_the_nearest_name(run: Run) -> None:
