@@ -176,7 +176,7 @@ def _override(text: str) -> tuple[str, Any]:
         raise UsageError("--set name: a recipe that should have another name is a file of its own.")
     try:
         return key.strip(), read_yaml(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"--set {text}: the value is not YAML: {what_is_wrong(error)}") from error
 
 

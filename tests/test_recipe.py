@@ -197,9 +197,12 @@ def test_overriding_epochs_replaces_steps_and_the_other_way_round(tmp_path: Path
         ("r", "KEY=VALUE"),
         ("=1", "KEY=VALUE"),
         ("r=[", "not YAML"),
+        (f"r={'[' * 5000}", "not YAML"),
+        ("seed=2026-13-45", "not YAML"),
         ("r=two", "whole number"),
         ("name=x", "name"),
     ],
+    ids=range(8),
 )
 def test_a_wrong_override_is_refused(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=told):

@@ -183,8 +183,8 @@ def _card(
     if there is None or there == (unnamed or "").encode():
         return ours
     try:
-        return completed_card(there.decode(), ours)
-    except (ValueError, YAMLError) as error:
+        return completed_card(there.decode("utf-8-sig"), ours)
+    except (ValueError, YAMLError, RecursionError) as error:
         reason = "is not a model card: its metadata is not YAML, or it is not UTF-8"
         raise RefusedError([Problem(str(adapter.folder), CARD_NAME, reason)]) from error
 

@@ -214,7 +214,7 @@ def indexed(index: Path) -> set[str]:
     """The weight files that an index names; raises `UsageError` where it is none."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{index} is not an index of weights.") from error
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise UsageError(f"{index}: the index names files outside its folder, or none.")

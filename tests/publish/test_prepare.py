@@ -257,6 +257,13 @@ def test_a_card_that_somebody_wrote_keeps_its_text_and_its_own_metadata(merged: 
         assert line in written
 
 
+def test_a_mark_of_the_byte_order_hides_no_metadata(client_a: Path) -> None:
+    (client_a / "README.md").write_text("\ufeff---\nlicense: mit\n---\n# My words\n", encoding="utf-8")
+    head, _, text = card(prepare(client_a, REPO)).removeprefix("---\n").partition("\n---\n")
+    assert "license: mit" in head.splitlines()
+    assert text == "# My words\n"
+
+
 def test_a_card_without_metadata_gets_some(client_a: Path) -> None:
     (client_a / "README.md").write_text("# My words\n")
     written = card(prepare(client_a, REPO))
@@ -264,9 +271,9 @@ def test_a_card_without_metadata_gets_some(client_a: Path) -> None:
     assert written.endswith("# My words\n")
 
 
-@pytest.mark.parametrize("text", ["---\n- a list\n---\n", "---\na: [\n---\n", "---\na: b: c\n---\n"])
+@pytest.mark.parametrize("text", ["- a list", "a: [", "a: b: c", f"a: {'[' * 400}{']' * 400}"], ids=range(4))
 def test_a_card_whose_metadata_is_no_mapping_is_refused(client_a: Path, text: str) -> None:
-    (client_a / "README.md").write_text(text)
+    (client_a / "README.md").write_text(f"---\n{text}\n---\n")
     assert "README.md" in str(refusal(client_a))
 
 
