@@ -24,6 +24,8 @@ from lora_merge.cli.train import train
 from lora_merge.cli.verify import verify
 from lora_merge.cli.watch import watch
 
+_TRUE = ("1", "true", "t", "yes", "y", "on")  # as the parser reads a flag
+
 app = typer.Typer(
     name="lora-merge",
     no_args_is_help=True,
@@ -101,17 +103,19 @@ def _run() -> int:
         # The parser's own errors carry `format_message`; a command reports its errors itself.
         if not hasattr(error, "format_message"):
             raise
-        message = _sentence(error)
-        if message.startswith("Usage: ") and "--json" not in sys.argv:  # of a bare `lora-merge`, the error is the help
+        message, out = _sentence(error), _output(getattr(error, "ctx", None))
+        if message.startswith("Usage: ") and not out.as_json:  # of a bare `lora-merge`, the error is the help
             print(message, file=sys.stderr)
         elif message:  # or, of an older typer, empty: it was printed already
-            _output().usage_error(message, set_elsewhere(message) or _way_on(error))
+            out.usage_error(message, set_elsewhere(message) or _way_on(error))
         return 2
 
 
-def _output() -> Output:
-    """Where to speak before a command does, or where none could be made of the command line."""
-    return Output(as_json="--json" in sys.argv, lines=sys.argv[1:2] == ["watch"])
+def _output(context: Any = None) -> Output:
+    """Where to speak before a command does, or where none could be made of the command line for `context`."""
+    defaults = getattr(context, "default_map", None) or {}  # of the command: what `load_defaults` has found
+    is_set = str(defaults.get("as_json", "")).strip().lower() in _TRUE
+    return Output(as_json=is_set or "--json" in sys.argv, lines=sys.argv[1:2] == ["watch"])
 
 
 def _sentence(error: Any) -> str:

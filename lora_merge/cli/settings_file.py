@@ -113,10 +113,12 @@ def _names(message: str, option: str) -> bool:
 
 def _of_file(commands: Mapping[str, Any]) -> _Layer:
     path = Path(FILE_NAME)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
+    if not path.is_file():
+        raise UsageError(f"{FILE_NAME} is there and is no file that could be read: a folder, or a link to nothing.")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError as error:
         raise UsageError(f"{FILE_NAME} is nested too deeply.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

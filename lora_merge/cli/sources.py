@@ -38,7 +38,9 @@ def _named(source: str) -> Iterator[str]:
         return
     if sys.stdin is None:
         raise UsageError("Standard input is closed, and - reads sources from it.")
-    lines = [line for line in sys.stdin.read().split("\n") if line.strip() and not line.startswith("#")]
+    # A name never ends in a carriage return: `inspect -q` prints it escaped. A line that was written on Windows does.
+    lines = [line.removesuffix("\r") for line in sys.stdin.read().split("\n")]
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
     if not lines:
         raise NotFoundError("Standard input names no adapter.", hint="One source a line.")
     yield from lines

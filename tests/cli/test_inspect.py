@@ -205,6 +205,8 @@ def test_nothing_there_is_not_found_and_what_there_is_is_named(lora_merge: Run, 
 def test_ids_may_come_from_standard_input(lora_merge: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("# ours\nb\n\nc"))
     assert lora_merge("inspect", "a", "-", "-q")[:2] == (0, "a\nb\nc\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("# ours\r\nb\r\n\r\nc\r\n"))  # as Windows ends lines
+    assert lora_merge("inspect", "a", "-", "-q")[:2] == (0, "a\nb\nc\n")
     monkeypatch.setattr("sys.stdin", None)  # as of `lora-merge inspect - <&-`
     assert lora_merge("inspect", "-")[::2] == (2, "error: Standard input is closed, and - reads sources from it.\n")
 

@@ -1,7 +1,8 @@
 """`lora-merge.toml`: defaults below the environment's and the user's, strictly read."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_what_the_file_gets_wrong_is_a_usage_error_with_a_suggestion(text: str, 
     assert named in output
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("nothing", path)])
+def test_what_is_called_so_and_cannot_be_read_is_no_missing_file(make: Callable[[str], None], here: Path) -> None:
+    make("lora-merge.toml")
+    code, output = run(*RECIPES)
+    assert code == 2
+    assert "lora-merge.toml is there" in output
+
+
+def test_the_file_may_begin_with_a_byte_order_mark(here: Path) -> None:
+    (here / "lora-merge.toml").write_text("[recipes.list]\nquiet = true\n", encoding="utf-8-sig")
+    assert run(*RECIPES)[1].splitlines()[0] == "laptop"
+
+
 def test_an_option_that_takes_several_values_is_set_by_a_list(here: Path) -> None:
     (here / "lora-merge.toml").write_text('[aggregate]\nexclude = "x"\n')
     code, output = run(*RECIPES)
@@ -84,6 +98,23 @@ def test_the_file_may_turn_json_on(here: Path) -> None:
     code, output = run("aggregate", "nowhere", "--output", "global")
     assert code == 4
     assert json.loads(output)["error"]["code"] == 4
+
+
+@pytest.mark.parametrize("wrong", [("aggregate", "--workers", "0", "x"), ("aggregate", "--bogus"), ("recipes", "show")])
+@pytest.mark.parametrize("place", ["file", "environment"])
+def test_a_wrong_command_line_is_told_as_json_wherever_that_was_asked_for(
+    place: str, wrong: tuple[str, ...], here: Path, lora_merge: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "file":
+        (here / "lora-merge.toml").write_text("[aggregate]\njson = true\n[recipes.show]\njson = true\n")
+    else:
+        monkeypatch.setenv("LORA_MERGE_AGGREGATE_JSON", "1")
+        monkeypatch.setenv("LORA_MERGE_RECIPES_SHOW_JSON", "True")
+    code, out, err = lora_merge(*wrong)
+    assert (code, json.loads(out)["error"]["code"], err) == (2, 2, "")
+    monkeypatch.setenv("LORA_MERGE_AGGREGATE_JSON", "0")
+    monkeypatch.setenv("LORA_MERGE_RECIPES_SHOW_JSON", "no")
+    assert lora_merge(*wrong)[:2] == (2, "")
 
 
 def test_the_file_sets_a_command_of_a_command_too(here: Path) -> None:
