@@ -56,11 +56,12 @@ def _trained_two_ways(clients: Sequence[Client]) -> Iterator[Problem]:
 
 def _way(name: str, spec: Spec) -> tuple[str, str]:
     if isinstance(spec, FullSpec):
-        if spec.frozen:  # not another way
+        module, _, parameter = name.rpartition(".")
+        if spec.frozen or parameter == "bias":  # not another way
             return name, "whole"
-        return name.removesuffix(".weight"), "whole"
+        return module, "whole"
     if isinstance(spec, FactorsSpec):
-        return name, "by LoRA"
+        return name.replace(".base_layer", ""), "by LoRA"
     return name.removesuffix(".token_adapter"), "by token rows"
 
 
