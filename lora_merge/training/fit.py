@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lora_merge.environment import device_kind
-from lora_merge.errors import UsageError
+from lora_merge.errors import StorageError, UsageError, one_line
 from lora_merge.recipe import Recipe
 from lora_merge.training.data import IGNORED, Encoded
 from lora_merge.training.job import DEVICES, Job, Step
@@ -56,10 +57,11 @@ def fit(
 
     Raises:
         UsageError: the loss is no longer a number.
+        StorageError: a checkpoint cannot be written.
         KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written.
     """
     clock = _Clock(job)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(recipe, job, device),
         train_dataset=_Rows(examples),
@@ -183,6 +185,17 @@ class _Padding:
             "labels": torch.tensor([row.labels + [IGNORED] * gap for row, gap in pairs]),
             "attention_mask": torch.tensor([[1] * len(row.input_ids) + [0] * gap for row, gap in pairs]),
         }
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """A Trainer that says where its checkpoints find no room: each of their writers has an error of its own."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or one_line(error)
+            raise StorageError(f"No checkpoint could be written into {self.args.output_dir}: {why}.") from error
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]

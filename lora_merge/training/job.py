@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint.folder import alone_beside, check_free
+from lora_merge.checkpoint.folder import alone_beside, check_free, write_file
 from lora_merge.environment import device_kind
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
@@ -101,6 +101,7 @@ def work_folder(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Iterator[Pat
     Raises:
         UsageError: the checkpoint is of another run: its recipe, base, data or client differ.
         ConflictError: another run trains into the same output at this moment.
+        StorageError: the disk is full or not writable.
     """
     mark, marked = _mark(job, loaded, base), job.work / _MARK
     if not is_main_process():
@@ -115,7 +116,7 @@ def work_folder(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Iterator[Pat
             )
         if not checkpoint:
             _remove_checkpoints(job)
-            marked.write_text(mark, encoding="utf-8")
+            write_file(marked, mark)
         if job.resume:
             job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
         yield checkpoint

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import resource
 import runpy
 import shutil
 import signal
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_merge import aggregate
-from lora_merge.errors import ConflictError, NetworkError, NotFoundError, RefusedError, UsageError
+from lora_merge.errors import ConflictError, NetworkError, NotFoundError, RefusedError, StorageError, UsageError
 from lora_merge.recipe_files import folder, load
 from lora_merge.sources.base_models import FoundBase, weights_sha256
 from lora_merge.statement import Statement
@@ -261,6 +263,22 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(train: Train, waiting: Job
     said: list[str] = []
     train(resume=True, tell=said.append)
     assert "Going on from checkpoint-3" in said
+
+
+@pytest.mark.parametrize("room", [1, 2000, 20_000], ids=["the mark", "its files", "the optimiser"])
+def test_where_a_run_finds_no_room_it_names_the_place_and_leaves_nothing(
+    room: int, base: Path, rows: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_merge.training.fit.CHECKPOINT_SECONDS", 0.0)
+    recipe = load(make_recipe())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=re.escape(str(tmp_path / ".out.training"))):
+            SCRIPT(recipe, Job(str(rows), "org/a", tmp_path / "out", base, "cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [*tmp_path.glob(".*"), *tmp_path.glob("out")] == []
 
 
 def test_resume_without_a_checkpoint_starts_anew_and_says_so(train: Train) -> None:
