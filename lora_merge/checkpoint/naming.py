@@ -61,8 +61,8 @@ class Pattern(Suffixes[T]):
         for text in (f"^{name}", *dotted_suffixes(name)):
             if text in self._found:
                 yield text
-            for key in self._alike.get(self._between_dots(text), ()):
-                if all(letter in (".", other) for letter, other in zip(key, text, strict=True)):
+            for key in self._alike.get(self._between_dots(text), ()) if len(text) in self._dots else ():
+                if key != text and all(letter in (".", other) for letter, other in zip(key, text, strict=True)):
                     yield key
 
     def _between_dots(self, text: str) -> tuple[int, str]:
