@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -245,12 +246,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)  # a pipe that nobody writes to must not hang
+
+
 def _read_small(path: Path, limit: int) -> bytes:
-    if path.exists() and not path.is_file():
-        raise FileRefused(path.name, "is not a regular file")
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # of what was opened, whatever lies there by now
+                raise FileRefused(path.name, "is not a regular file")
             text = file.read(limit + 1)
+    except IsADirectoryError as error:
+        raise FileRefused(path.name, "is not a regular file") from error
     except PermissionError as error:
         raise _no_access(error) from error
     except OSError as error:

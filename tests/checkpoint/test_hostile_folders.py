@@ -1,8 +1,11 @@
 """Whatever is wrong with a client's folder is refused before anything is written, by client and by field."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -32,6 +35,42 @@ def test_a_hostile_folder_is_refused_by_name_and_nothing_is_written(
     assert blamed
     assert CORPUS[case].named in " ".join(f"{problem.field} {problem.reason}" for problem in blamed)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+SWAP = """
+import os, sys
+folder, text = sys.argv[1], open(os.path.join(sys.argv[1], "adapter_config.json")).read()
+plain, pipe, place = (os.path.join(folder, name) for name in ("plain", "pipe", "adapter_config.json"))
+while True:
+    open(plain, "w").write(text)
+    os.rename(plain, place)
+    os.mkfifo(pipe)
+    os.rename(pipe, place)
+"""
+
+
+def test_a_pipe_that_takes_a_files_place_at_any_moment_hangs_nothing(plain: tuple[Path, ...], tmp_path: Path) -> None:
+    folder, refused = edited(plain[0], tmp_path / "a"), 0
+
+    def read() -> None:
+        nonlocal refused
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            try:
+                open_folder(folder).close()
+            except FolderRefused:
+                refused += 1
+
+    swapping = subprocess.Popen([sys.executable, "-c", SWAP, folder])
+    try:
+        reading = Thread(target=read, daemon=True)
+        reading.start()
+        reading.join(SECONDS + 1)
+    finally:
+        swapping.kill()
+        swapping.wait()
+    assert not reading.is_alive()
+    assert refused
 
 
 def test_every_problem_of_every_client_is_in_one_error(plain: tuple[Path, ...], tmp_path: Path) -> None:
