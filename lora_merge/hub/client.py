@@ -22,9 +22,11 @@ from lora_merge.hub.waiting import Patience
 BACKOFF = (1.0, 2.0, 4.0, 8.0)  # seconds between tries where the server names none
 UNMET = 2  # tries again of a server that nothing in this command has reached: it is mistyped, or we are offline
 TIMEOUT = httpx2.Timeout(30, connect=10, pool=None)
+LEAST_SECONDS = 3.0  # to answer in, however little may be waited: a server that takes them is not yet a busy one
 CALL_SECONDS = 60.0
 SLOWEST_BYTES_A_SECOND = 10_000
 BUSY = (408, 429, 500, 502, 503, 504)
+_UNREACHED = (httpx2.ConnectError, httpx2.ConnectTimeout)
 _BROKEN = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.DecodingError)
 # These only ask, whatever their method; asking twice does no harm.
 _ASKING = re.compile(r"/(preupload/|paths-info/|info/lfs/objects/batch$)|/api/validate-yaml$")
@@ -48,7 +50,7 @@ class HubClient(httpx2.Client):
             return httpx2.Response(404, request=request)  # the library's own statistics; not worth a call or a wait
         request.extensions["trace"] = self._remember
         for attempt in range(1_000_000):
-            tries = len(BACKOFF)
+            tries, began = len(BACKOFF), time.monotonic()
             try:
                 response = self._send_once(request, stream, **options)
                 self.patience.budget.reached.add(request.url.netloc)
@@ -60,25 +62,30 @@ class HubClient(httpx2.Client):
                     return _believable(request, response)
                 response.close()
             except _BROKEN as error:
-                if not _is_safe_to_repeat(request) and not isinstance(error, httpx2.ConnectError):
+                if not _is_safe_to_repeat(request) and not isinstance(error, _UNREACHED):
                     raise
                 seconds, why = None, f"{request.url.host} {_failing(error)}"
-                if isinstance(error, httpx2.ConnectError) and request.url.netloc not in self.patience.budget.reached:
+                if isinstance(error, _UNREACHED) and request.url.netloc not in self.patience.budget.reached:
                     tries = UNMET
             if seconds is None and attempt >= tries:
                 raise NetworkError(f"{why}, {attempt + 1} times.", hint="Try again later.")
             pause = BACKOFF[min(attempt, len(BACKOFF) - 1)] if seconds is None else seconds
-            self.patience.wait(pause, why, asked=seconds is not None)
+            took = time.monotonic() - began  # to fail: a server that stalls is waited for as well
+            self.patience.wait(pause, why, asked=seconds is not None, already=took)
         raise AssertionError("unreachable")
 
     def _send_once(self, request: httpx2.Request, stream: bool, **options: Any) -> httpx2.Response:
         self.patience.require_going_on()
+        longest = max(self.patience.budget.left, LEAST_SECONDS)
+        if _is_safe_to_repeat(request):  # what changes something is not broken off: it may well be done
+            limits = request.extensions["timeout"]
+            request.extensions["timeout"] = {of: limit and min(limit, longest) for of, limit in limits.items()}
         response = super().send(request, stream=True, **options)
         length = response.headers.get("Content-Length", "")
         size = int(length) if length.isdigit() else 0
         assert isinstance(response.stream, httpx2.SyncByteStream)
-        seconds = CALL_SECONDS + size / SLOWEST_BYTES_A_SECOND
-        response.stream = _Deadline(response.stream, seconds, self.patience)
+        call = CALL_SECONDS if stream else min(CALL_SECONDS, longest)
+        response.stream = _Deadline(response.stream, call + size / SLOWEST_BYTES_A_SECOND, self.patience)
         if not stream:
             try:
                 response.read()
@@ -106,11 +113,17 @@ class _Deadline(httpx2.SyncByteStream):
         self._until = time.monotonic() + seconds
 
     def __iter__(self) -> Iterator[bytes]:
-        for chunk in self._body:
-            self._patience.require_going_on()
-            if time.monotonic() > self._until:
-                raise NetworkError("The Hub answers too slowly.", hint="Try again later.")
-            yield chunk
+        last = time.monotonic()
+        try:
+            for chunk in self._body:
+                self._patience.require_going_on()
+                if time.monotonic() > self._until:
+                    raise NetworkError("The Hub answers too slowly.", hint="Try again later.")
+                yield chunk
+                last = time.monotonic()
+        except httpx2.TimeoutException:  # the library asks for the rest again, as often as it likes
+            self._patience.budget.book(0, "The Hub stops in the middle of a file", already=time.monotonic() - last)
+            raise
 
     def close(self) -> None:
         self._body.close()
@@ -162,6 +175,6 @@ def _asked_wait(response: httpx2.Response) -> float | None:
 
 
 def _failing(error: Exception) -> str:
-    if isinstance(error, httpx2.ConnectError):
+    if isinstance(error, _UNREACHED):
         return "cannot be reached"
     return "does not answer" if isinstance(error, httpx2.TimeoutException) else "breaks the connection"

@@ -24,7 +24,7 @@ from huggingface_hub.utils import _xet
 from lora_merge.cli.main import main
 from lora_merge.hub import client, session
 _xet.XET_CONNECTION_INFO_CACHE.clear()
-client.TIMEOUT, client.CALL_SECONDS = httpx2.Timeout(timeout), timeout
+client.TIMEOUT, client.CALL_SECONDS, client.LEAST_SECONDS = httpx2.Timeout(timeout), timeout, 0.5
 session.XET_SETTINGS |= {
     "HF_XET_CLIENT_READ_TIMEOUT": f"{timeout}s", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
     "HF_XET_CLIENT_RETRY_MAX_DURATION": f"{3 * timeout}s",

@@ -98,6 +98,47 @@ def test_the_waits_of_all_calls_together_end_at_max_wait(hub: LocalHub, pull_onc
     assert ran.err.splitlines()[-2] == "error: 127.0.0.1 answers 429 and asks to wait 1 s; gave up after 2 s."
 
 
+@pytest.mark.parametrize(
+    ("request_", "source"),
+    [
+        ("GET /api/models", "org/client-*"),
+        ("GET /api/models/*/revision/*", "org/client-0@main"),
+        ("GET */adapter_config.json", "org/client-*"),
+        ("GET /lfs/*", "org/client-0"),
+    ],
+)
+def test_a_hub_that_stalls_is_waited_for_no_longer_than_was_said(
+    hub: LocalHub, pull_once: Puller, request_: str, source: str
+) -> None:
+    publish(hub, 2)
+    hub.fault(request_, "stall", times=None)
+    began = time.monotonic()
+    ran = pull_once(source, "-o", "global", "--max-wait", "1.2", timeout=30)
+    assert time.monotonic() - began < 10  # one try is 30 s
+    assert ran.code == 5
+    assert "127.0.0.1 does not answer; gave up after 1 s." in ran.err
+    assert "raise --max-wait" in ran.err
+
+
+@pytest.mark.parametrize("request_", ["GET /api/models", "GET /lfs/*"])
+def test_a_hub_that_stops_in_the_middle_of_an_answer_too(hub: LocalHub, pull_once: Puller, request_: str) -> None:
+    publish(hub, 1, width=20_000)
+    hub.fault(request_, "drip", times=None, seconds=60)
+    began = time.monotonic()
+    ran = pull_once("org/client-*", "-o", "global", "--max-wait", "1.2", timeout=30)
+    assert time.monotonic() - began < 10  # one try is 30 s
+    assert ran.code == 5
+    assert "gave up after 1 s." in ran.err
+
+
+def test_a_stall_that_passes_is_waited_out_though_little_may_be_waited(hub: LocalHub, pull_once: Puller) -> None:
+    publish(hub, 1)
+    hub.fault("GET /api/models", "delay", seconds=0.3)
+    assert pull_once("org/client-*", "-o", "global", "--max-wait", "0").code == 0
+    hub.fault("GET /api/models", "stall")
+    assert pull_once("org/client-*", "-o", "again", "--max-wait", "4", timeout=1).code == 0
+
+
 @pytest.mark.parametrize("kind", ["html", "short"])
 def test_a_page_that_is_no_answer_is_asked_for_again_and_not_for_ever(
     hub: LocalHub, pull_once: Puller, kind: Any
