@@ -42,7 +42,7 @@ def push(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Publish an adapter folder: one commit of the files that belong to it, scanned for secrets first.
+    """Publish an adapter folder: one commit of the files that belong to it, scanned first for secrets and paths.
 
     Example: lora-merge push global org/global --public
     """

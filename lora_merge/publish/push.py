@@ -55,7 +55,7 @@ def push(
         tell: takes a line of talk.
 
     Raises:
-        RefusedError: the folder is not an adapter, its base model is a path, or it holds a secret.
+        RefusedError: the folder is not an adapter, or it holds a secret or a path of this machine.
         And what `publish` raises.
     """
     require_repository_name(target.repo)
