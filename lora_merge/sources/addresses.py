@@ -5,20 +5,16 @@ from fnmatch import fnmatchcase
 
 from lora_merge.errors import UsageError, one_line
 from lora_merge.sources.filesystems import url_of
-from lora_merge.sources.local import is_pattern, whole_path, whole_paths
+from lora_merge.sources.local import FILE, is_pattern, whole_path, whole_paths
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import ON_THE_HUB, is_on_the_hub
-
-_FILE = "file://"
 
 
 def addresses_of(ref: AdapterRef) -> frozenset[str]:
     """Where an adapter lies: `hf://ORG/NAME` and that `@COMMIT`; a folder's whole paths; a URL."""
     if ref.commit:
         return frozenset((f"hf://{ref.place}", f"hf://{ref.place}@{ref.commit}"))
-    if "://" in ref.place and not ref.place.startswith(_FILE):
-        return frozenset((ref.place,))
-    return whole_paths(ref.place.removeprefix(_FILE))
+    return frozenset((ref.place,)) if "://" in ref.place else whole_paths(ref.place)
 
 
 class Entry:
@@ -34,7 +30,7 @@ class Entry:
         if "\0" in text or not text.strip():
             raise UsageError(f"{one_line(text)!r} is no source.", hint="Is a variable of the shell not set?")
         self.text = text
-        path = text.removeprefix(_FILE)
+        path = text.removeprefix(FILE)
         self._spelled = whole_path(path)
         self._addresses = _addresses(text)
         self._is_pattern = is_pattern(path)
@@ -60,10 +56,10 @@ def _addresses(text: str) -> frozenset[str]:
         from lora_merge.sources.hub import bare  # half a second that other lists need not wait
 
         return frozenset((f"hf://{bare(text).rstrip('/')}",))
-    if "://" in text and not text.startswith(_FILE):
+    if "://" in text and not text.startswith(FILE):
         return frozenset((url_of(text),))
     repository = {f"hf://{text}"} if ON_THE_HUB.fullmatch(text) else set()
-    return whole_paths(text.removeprefix(_FILE)) | repository
+    return whole_paths(text) | repository
 
 
 def _fits(pattern: Sequence[str], parts: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters behind any URL that fsspec knows: `memory://`, `file://`, and what its plugins add (`s3://`, `gs://`, …).
+"""Adapters behind any URL that fsspec knows: `memory://`, and what its plugins add (`s3://`, `gs://`, …).
 
 Such places have no commits: what was listed must still be there when it is fetched, and the hashes are recorded.
 """

@@ -13,6 +13,7 @@ from lora_merge.sources.patterns import NO_CLIENTS, clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
 MOST_NAMED = 5
+FILE = "file://"  # a folder may be written so; its records know it by its name like any other
 
 
 class LocalRoom:
@@ -76,7 +77,7 @@ def is_folder(source: str) -> bool:
 def folders_named(sources: Sequence[str | Path]) -> Iterator[Path]:
     """What `sources` name on this machine: folders, files, and what globs match and do not leave out."""
     for source in sources:
-        path = _path(str(source).removeprefix("file://"))
+        path = _path(str(source))
         matches = map(Path, glob.iglob(str(path), recursive=True))
         yield from [path] if path.exists() else (match for match in matches if not _marks(match))
 
@@ -99,6 +100,7 @@ def whole_path(source: str) -> str:
 
 def _path(source: str) -> Path:
     """What is called so here; else with `~` as the home that it means, which no shell puts into a quoted pattern."""
+    source = source.removeprefix(FILE)
     return Path(source if os.path.exists(source) else os.path.expanduser(source))
 
 
