@@ -1,6 +1,7 @@
 """A folder, or a file, that appears whole or not at all: written beside, flushed, renamed."""
 
 import ctypes
+import errno
 import fcntl
 import glob
 import os
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_merge.checkpoint.overwriting import Kind, require_outside_adapters, require_replaceable
-from lora_merge.errors import StorageError, UsageError
+from lora_merge.errors import ConflictError, StorageError, UsageError
 from lora_merge.interrupts import in_one_piece
 
 _REPLACED = "replaced"
@@ -34,6 +35,7 @@ def atomic_folder(
 
     Raises:
         UsageError: `output` exists, and `force` is false or it is of no such kind.
+        ConflictError: so it is at the end, and was not at the beginning.
         StorageError: the disk is full or not writable.
     """
     output = Path(os.path.realpath(output))
@@ -46,8 +48,11 @@ def atomic_folder(
     try:
         yield work
         _flush(work, _umask())
-        check_free(output, force=force, kind=kind, option=option)  # again: it may have been taken meanwhile
-        _replace(output, work)
+        try:
+            check_free(output, force=force, kind=kind, option=option)
+        except UsageError as error:  # it was free when we began
+            raise _made_meanwhile(output) from error
+        _replace(output, work, force=force)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
     finally:
@@ -210,10 +215,15 @@ def _flush(folder: Path, umask: int) -> None:
 
 
 @in_one_piece
-def _replace(output: Path, work: Path) -> None:
+def _replace(output: Path, work: Path, *, force: bool) -> None:
     """Put `work` at `output`. What was there stays until it is replaced in one step; the caller removes it."""
-    if not (output.is_dir() and any(output.iterdir())):
-        os.rename(work, output)
+    if not (force and output.is_dir() and any(output.iterdir())):
+        try:
+            os.rename(work, output)  # onto an empty folder, never onto anything else
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _made_meanwhile(output) from error
+            raise
     elif not _exchange(work, output):
         aside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
         os.rename(output, aside / _REPLACED)
@@ -224,6 +234,10 @@ def _replace(output: Path, work: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _made_meanwhile(output: Path) -> ConflictError:
+    return ConflictError(f"Somebody else has made {output} in the meantime.", hint="It is left as it is.")
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,12 +3,14 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lora_merge.checkpoint import folder
 from lora_merge.checkpoint.folder import atomic_folder, check_free, scratch_folder, write_file
 from lora_merge.checkpoint.overwriting import Kind, require_apart
-from lora_merge.errors import StorageError, UsageError
+from lora_merge.errors import ConflictError, StorageError, UsageError
 from lora_merge.ledger import Certificate, Contribution, Ledger
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -204,3 +206,32 @@ def test_a_link_that_lies_where_a_file_is_written_beside_is_not_written_through(
     finally:
         os.umask(mask)
     assert (path.read_text(), path.stat().st_mode & 0o777, other.read_text()) == ("ours", 0o640, "theirs")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the last look", "after it"])
+def test_what_somebody_makes_meanwhile_is_left_as_it_is(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, looked = tmp_path / "global", list[Path]()
+
+    def make() -> None:
+        output.mkdir()
+        (output / "theirs").write_text("precious")
+
+    def look_and_make(path: Path, **options: Any) -> None:
+        check_free(path, **options)
+        looked.append(path)
+        if late and len(looked) == 2:
+            make()
+
+    def write() -> None:
+        with atomic_folder(output) as work:
+            (work / "ours").write_text("new")
+            if not late:
+                make()
+
+    monkeypatch.setattr(folder, "check_free", look_and_make)
+    with pytest.raises(ConflictError, match="in the meantime"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["global"]
+    assert (output / "theirs").read_text() == "precious"
