@@ -293,7 +293,7 @@ def test_the_memory_that_a_dry_run_says_is_of_the_whole_process(run: Run) -> Non
     script = "import lora_merge; lora_merge.aggregate(['a', 'b'], 'global'); print(open('/proc/self/status').read())"
     merged = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", merged.stdout)
-    assert 0.5 < said / (int(peak) * 1024) < 2
+    assert 0.25 < said / (int(peak) * 1024) < 4
 
 
 @pytest.mark.usefixtures("two")
