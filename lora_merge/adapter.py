@@ -143,6 +143,11 @@ class Client:
         return self.n if self.by_module is None else self.by_module[module]
 
 
+def name_in_base(name: str) -> str:
+    """The name in the base model of a module or tensor: PEFT puts a `.base_layer` into it for each wrapper."""
+    return name.replace(".base_layer", "")
+
+
 def is_frozen(spec: Spec) -> bool:
     """Whether it is the shape of a full tensor that nobody trained."""
     return isinstance(spec, FullSpec) and spec.frozen

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from lora_merge.adapter import Client, FactorsSpec, FullSpec, Spec
+from lora_merge.adapter import Client, FactorsSpec, FullSpec, Spec, name_in_base
 from lora_merge.errors import Problem
 
 
@@ -61,7 +61,7 @@ def _way(name: str, spec: Spec) -> tuple[str, str]:
             return name, "whole"
         return module, "whole"
     if isinstance(spec, FactorsSpec):
-        return name.replace(".base_layer", ""), "by LoRA"
+        return name_in_base(name), "by LoRA"
     return name.removesuffix(".token_adapter"), "by token rows"
 
 

@@ -19,6 +19,7 @@ from lora_merge.adapter import (
     TokenSpec,
     Update,
     is_frozen,
+    name_in_base,
 )
 from lora_merge.aggregation.compatibility import module_names
 from lora_merge.aggregation.module import Module, Share
@@ -62,7 +63,7 @@ class Federation:
     @cached_property
     def wrapped(self) -> dict[str, str]:
         """The name of each low-rank module by its name in the base model; of nested wrappers, the innermost."""
-        return {name.replace(".base_layer", ""): name for name in sorted(self.factor_specs)}
+        return {name_in_base(name): name for name in sorted(self.factor_specs)}
 
     @cached_property
     def bias(self) -> bool:
@@ -199,7 +200,7 @@ class Federation:
 
 def base_name(name: str, spec: Spec) -> str:
     """The base model's tensor that an update of `name` starts from."""
-    own = name.removesuffix(TOKEN_SUFFIX).replace(".base_layer", "")
+    own = name_in_base(name.removesuffix(TOKEN_SUFFIX))
     return own if isinstance(spec, FullSpec) else f"{own}.weight"
 
 

@@ -51,7 +51,7 @@ def atomic_folder(
         try:
             check_free(output, force=force, kind=kind, option=option)
         except UsageError as error:  # it was free when we began
-            raise _made_meanwhile(output) from error
+            raise made_meanwhile(output) from error
         _replace(output, work, force=force)
     except OSError as error:
         raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
@@ -222,7 +222,7 @@ def _replace(output: Path, work: Path, *, force: bool) -> None:
             os.rename(work, output)  # onto an empty folder, never onto anything else
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _made_meanwhile(output) from error
+                raise made_meanwhile(output) from error
             raise
     elif not _exchange(work, output):
         aside = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
@@ -236,7 +236,8 @@ def _replace(output: Path, work: Path, *, force: bool) -> None:
         os.close(descriptor)
 
 
-def _made_meanwhile(output: Path) -> ConflictError:
+def made_meanwhile(output: Path) -> ConflictError:
+    """The error where something is at `output` that was not there when the run began."""
     return ConflictError(f"Somebody else has made {output} in the meantime.", hint="It is left as it is.")
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
-from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec
+from lora_merge.adapter import FactorsSpec, FullSpec, Layout, Spec, TokenSpec, name_in_base
 from lora_merge.checkpoint.config import AdapterConfig
 from lora_merge.checkpoint.layout import PREFIX, ROLES, TOKEN_ROWS, TOKEN_SUFFIX, Stored, owner_of, stored_shapes
 from lora_merge.checkpoint.naming import Endings, dotted_suffixes
@@ -54,14 +54,17 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
     found = Updates()
     problems: list[FileRefused] = []
     lora: dict[str, dict[str, str]] = {}
+    others: list[str] = []
     for key in entries:
         name = key.removeprefix(PREFIX)
         if name == key:
             problems.append(FileRefused(key, f"does not begin with {PREFIX}"))
-        elif wrapper := _wrapper_in(name):
+        elif wrapper := next((wrapper for wrapper in _WRAPPERS if wrapper in f".{name}"), None):
             problems.append(FileRefused(key, f"names its module with {wrapper.strip('.')}, by which no model has it"))
         elif suffix := next((suffix for suffix in ROLES if name.endswith(suffix)), None):
             lora.setdefault(name.removesuffix(suffix), {})[suffix] = key
+        else:
+            others.append(name)
     for module, keys in lora.items():
         try:
             found[module] = _factors(module, keys, entries, config)
@@ -70,21 +73,15 @@ def _look_through(entries: Mapping[str, TensorEntry], config: AdapterConfig) -> 
     token_adapters = sum(map(_is_token_rows, entries))
     # PEFT saves embeddings and output layers whole, weight and bias, along with their LoRA: they may have been resized.
     saved = {module for module in lora if f"{PREFIX}{module}.base_layer.weight" in entries}
-    for key, entry in entries.items():
-        name = key.removeprefix(PREFIX)
-        if name != key and not _wrapper_in(name) and not name.endswith(tuple(ROLES)):
-            try:
-                whole = _whole(name, entry, saved, config, token_adapters)
-                if found.keys() & whole.keys():
-                    raise FileRefused(name, "is stored under two names")
-                found.update(whole)
-            except FileRefused as problem:
-                problems.append(problem)
+    for name in others:
+        try:
+            whole = _whole(name, entries[PREFIX + name], saved, config, token_adapters)
+            if found.keys() & whole.keys():
+                raise FileRefused(name, "is stored under two names")
+            found.update(whole)
+        except FileRefused as problem:
+            problems.append(problem)
     return found, problems + list(_missing(found, config))
-
-
-def _wrapper_in(name: str) -> str | None:
-    return next((wrapper for wrapper in _WRAPPERS if wrapper in f".{name}"), None)
 
 
 def _missing(found: Mapping[str, Stored], config: AdapterConfig) -> Iterator[FileRefused]:
@@ -185,7 +182,7 @@ def _whole(
         raise FileRefused(name, f"is a tensor that the config does not account for{_of_resizing(name)}")
     # A bias lies under base_layer only where its module has a lora_A too, which may differ between clients.
     full = FullSpec(entry.shape, frozen=not (trained_bias or trained_whole))
-    return {name.replace(".base_layer", "") if name.endswith(".bias") else name: Stored(full, value)}
+    return {name_in_base(name) if name.endswith(".bias") else name: Stored(full, value)}
 
 
 def _of_resizing(name: str) -> str:

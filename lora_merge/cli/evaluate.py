@@ -11,7 +11,7 @@ import typer
 
 from lora_merge.cli.output import SCHEMA_VERSION, DebugOption, JsonOption, Output, QuietOption, plain
 from lora_merge.cli.waiting import MaxWaitOption
-from lora_merge.errors import ConflictError, LoraMergeError, UsageError
+from lora_merge.errors import LoraMergeError, UsageError
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 
 if TYPE_CHECKING:
@@ -152,12 +152,12 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def _write(path: Path, record: dict[str, Any], force: bool) -> None:
-    from lora_merge.checkpoint.folder import write_file
+    from lora_merge.checkpoint.folder import made_meanwhile, write_file
 
     try:
         _require_free(path, force)
     except UsageError as error:  # it was free when we began
-        raise ConflictError(f"Somebody else has made {path} in the meantime.", hint="It is left as it is.") from error
+        raise made_meanwhile(path) from error
     write_file(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
 
 
