@@ -51,6 +51,11 @@ class Kind:
     by_layer: bool = False
 
     @property
+    def by_coordinate(self) -> bool:
+        """Whether a rule can act on the entries of its updates: magnitudes, and biases in two parts, have none."""
+        return "DoRA" not in self.name and self.name != "lora_bias beside trained biases"
+
+    @property
     def weights(self) -> list[float]:
         """p_i of the clients, by their examples."""
         counts = [client.num_examples for client in self.clients]
@@ -241,6 +246,14 @@ KINDS: Sequence[Kind] = (
             {"bias": "lora_only", "target_modules": ["q_proj"]},
             {"bias": "none", "target_modules": ["q_proj"]},
             {"bias": "all", "target_modules": ["v_proj"]},
+        ),
+        needs_base=True,
+    ),
+    Kind(
+        "lora_bias beside trained biases",
+        models.llama,
+        clients(
+            {"lora_bias": True, "bias": "lora_only"}, {"lora_bias": True, "r": 3}, {"bias": "all"}, {}, common=ATTENTION
         ),
         needs_base=True,
     ),

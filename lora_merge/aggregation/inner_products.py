@@ -27,11 +27,11 @@ class NotFinite(ValueError):
         self.name = name
 
 
-def of_module(module: Module, clients: Sequence[str]) -> Tensor | None:
+def of_module(module: Module, clients: Sequence[str], *, biases: bool = True) -> Tensor | None:
     """<Delta_i, Delta_j> of one low-rank module, m x m on the CPU; absent clients have zeros.
 
     Clients are read a tile at a time, so that memory does not grow with m. None where a client trained DoRA and the
-    base's weight is not at hand.
+    base's weight is not at hand. Without `biases`, those of lora_B are left for `of_bias`.
 
     Raises:
         NotFinite: an inner product overflows.
@@ -46,7 +46,7 @@ def of_module(module: Module, clients: Sequence[str]) -> Tensor | None:
         left = _factors(rows, D)
         blocks.append([_low_rank(left, left if j == i else _factors(tiles[j], D)) for j in range(i, len(tiles))])
     found = _symmetric(blocks)
-    for part in (_biases(module), _magnitudes(module, D)):
+    for part in (_biases(module) if biases else None, _magnitudes(module, D)):
         found = found if part is None else found + part
     if not torch.isfinite(found).all():
         raise NotFinite(module.name)
@@ -70,6 +70,25 @@ def of_value(value: Value, name: str, clients: Sequence[str]) -> Tensor | None:
         for j in range(i + 1):
             other = row if i == j else value.shares[j].read()
             found[i, j] = found[j, i] = _inner(row, other, base)
+    if not torch.isfinite(found).all():
+        raise NotFinite(name)
+    return _placed(found, owners, clients)
+
+
+def of_bias(value: Value, module: Module, name: str, clients: Sequence[str]) -> Tensor | None:
+    """<u_i, u_j>, u_i = W_i - W0 + s_i b_i, of a bias that some trained whole and lora_B's biases add to.
+
+    None where W0 is not at hand.
+    """
+    if value.base is None:
+        return None
+    rows = {share.client: bias for share in module.shares if (bias := _scaled_bias(share)) is not None}
+    base = value.base().double().cpu()
+    for share in value.shares:
+        rows[share.client] = share.read().double().cpu() - base + rows.get(share.client, 0.0)
+    owners = sorted(rows)
+    stacked = torch.stack([rows[owner] for owner in owners])
+    found = stacked @ stacked.mT
     if not torch.isfinite(found).all():
         raise NotFinite(name)
     return _placed(found, owners, clients)
@@ -139,10 +158,16 @@ def _biases(module: Module) -> Tensor | None:
     """<s_i b_i, s_j b_j> of the biases of lora_B."""
     if not any(share.spec.bias for share in module.shares):
         return None
-    updates = [(share.spec.scaling, share.read().bias) for share in module.shares]
-    size = next(len(bias) for _, bias in updates if bias is not None)
-    rows = torch.stack([torch.zeros(size).double() if b is None else s * b.double().cpu() for s, b in updates])
+    biases = [_scaled_bias(share) for share in module.shares]
+    size = next(len(bias) for bias in biases if bias is not None)
+    rows = torch.stack([torch.zeros(size).double() if bias is None else bias for bias in biases])
     return (rows @ rows.mT).to(module.shares[0].read().B.device)
+
+
+def _scaled_bias(share: Share) -> Tensor | None:
+    """s b of the bias of lora_B, in fp64 on the CPU; None where there is none."""
+    bias = share.read().bias
+    return None if bias is None else share.spec.scaling * bias.double().cpu()
 
 
 def _row_scales(module: Module) -> dict[str, Tensor]:

@@ -66,6 +66,13 @@ class Federation:
         return {name_in_base(name): name for name in sorted(self.factor_specs)}
 
     @cached_property
+    def lora_bias_beside(self) -> dict[str, str]:
+        """Each bias that some client trained whole, and the module of that layer whose lora_bias adds to it."""
+        biases = {name: self.wrapped.get(name.removesuffix(".bias")) for name in self.names if name.endswith(".bias")}
+        beside = {name: module for name, module in biases.items() if module and self._has_lora_bias(module)}
+        return {name: module for name, module in beside.items() if not self.value(name).is_untrained}
+
+    @cached_property
     def bias(self) -> bool:
         return any(spec.bias for spec in self._factor_specs_of_all())
 
@@ -142,6 +149,10 @@ class Federation:
         """Whether `name` holds values that were trained, and no differences."""
         spec = self.spec(name)
         return isinstance(spec, TokenSpec) or (isinstance(spec, FullSpec) and not self.value(name).is_untrained)
+
+    def _has_lora_bias(self, module: str) -> bool:
+        specs = (client.adapter.specs[module] for client in self._having(module))
+        return any(isinstance(spec, FactorsSpec) and spec.bias for spec in specs)
 
     def _having(self, name: str) -> list[Client]:
         return [client for client in self.clients if name in client.adapter.specs]

@@ -22,6 +22,10 @@ from lora_merge.checkpoint.planned import DTYPES, FactorsMerge, FullMerge, Measu
 from lora_merge.checkpoint.writer import SafetensorsWriter
 from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
+BIAS_IN_TWO_PARTS = (
+    "was trained whole and by lora_bias, and no entry of either is the update's; "
+    "--robust geometric-median, krum and multi-krum weigh both as one"
+)
 TOO_LARGE = "holds numbers so large that its singular values cannot be computed"
 
 
@@ -70,6 +74,8 @@ def write(
 
 def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | list[Problem]:
     spec = federation.spec(name)
+    if settings.rule is not None and name in federation.lora_bias_beside:
+        return [Problem(ALL_CLIENTS, name, BIAS_IN_TWO_PARTS)]
     if isinstance(spec, FullSpec):
         return FullMerge(name, _tensor_of(name, federation), federation.value(name), spec.shape)
     if not isinstance(spec, FactorsSpec):

@@ -42,9 +42,13 @@ def _part(federation: Federation, name: str) -> Tensor | None:
 def _of(federation: Federation, name: str, clients: list[str]) -> Tensor | None:
     spec = federation.spec(name)
     if isinstance(spec, FactorsSpec):
-        return inner_products.of_module(federation.module(name), clients)
+        own = name not in _told_with_the_bias(federation)
+        return inner_products.of_module(federation.module(name), clients, biases=own)
     if isinstance(spec, FullSpec):
-        return inner_products.of_value(federation.value(name), name, clients)
+        value, module = federation.value(name), federation.lora_bias_beside.get(name)
+        if module is not None:
+            return inner_products.of_bias(value, federation.module(module), name, clients)
+        return inner_products.of_value(value, name, clients)
     found = torch.zeros(len(clients), len(clients), dtype=torch.float64)
     for value in federation.token_values(name).values():
         part = inner_products.of_value(value, name, clients)
@@ -52,3 +56,9 @@ def _of(federation: Federation, name: str, clients: list[str]) -> Tensor | None:
             return None
         found += part
     return found
+
+
+def _told_with_the_bias(federation: Federation) -> set[str]:
+    """The modules whose lora_bias is part of what `of_bias` tells; without the base, nothing is."""
+    beside = federation.lora_bias_beside.items()
+    return {module for name, module in beside if federation.value(name).base is not None}

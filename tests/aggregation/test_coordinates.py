@@ -24,13 +24,8 @@ each_rule = pytest.mark.parametrize("rule", [MEDIAN, TRIMMED], ids=lambda rule: 
 RULES = [Coordinates(), Coordinates(0.3)]
 each_pure = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 # PEFT adds out_proj's update twice when it merges an attention; a tied head is no tensor of its own in a dense model.
-DENSE = [
-    kind
-    for kind in KINDS
-    if not kind.by_layer
-    and "DoRA" not in kind.name
-    and kind.name not in ("MultiheadAttention", "tokens of a tied embedding")
-]
+NOT_DENSE = ("MultiheadAttention", "tokens of a tied embedding")
+DENSE = [kind for kind in KINDS if kind.by_coordinate and not kind.by_layer and kind.name not in NOT_DENSE]
 
 
 def median(values: list[float], n: list[float]) -> float:
@@ -208,6 +203,18 @@ def test_dora_is_refused_naming_whose_it_is_and_what_can(
         aggregate(made.clients, tmp_path / "global", robust=rule, base=made.base)
     assert {problem.field for problem in caught.value.problems} == {"use_dora"}
     assert {problem.client for problem in caught.value.problems} <= {"org/client-0", "org/client-2"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_rule
+def test_a_bias_in_two_parts_is_refused_naming_it_and_what_can(
+    rule: Robust, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(each for each in KINDS if each.name == "lora_bias beside trained biases"))
+    with pytest.raises(RefusedError, match=r"by lora_bias, .* geometric-median") as caught:
+        aggregate(made.clients, tmp_path / "global", robust=rule, base=made.base)
+    assert {problem.field.rpartition(".")[2] for problem in caught.value.problems} == {"bias"}
+    assert len(caught.value.problems) == 4
     assert list(tmp_path.iterdir()) == []
 
 
