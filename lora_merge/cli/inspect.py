@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from lora_merge.inspection.inspect import Inspected, Inspection
+    from lora_merge.inspection.inspected import Inspected, Inspection
 
 LONGEST_NAME = 20
 

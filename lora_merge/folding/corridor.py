@@ -2,23 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_merge.aggregation.methods import METHODS
-from lora_merge.aggregation.registry import Options, Rank
 from lora_merge.aggregation.schedule import pool
-from lora_merge.aggregation.weights import Weights
 from lora_merge.agreement import claim_warnings
 from lora_merge.checkpoint.core_file import write_core
 from lora_merge.checkpoint.folder import alone_beside, atomic_folder
 from lora_merge.checkpoint.intact import OWN_NAMES
 from lora_merge.checkpoint.peft_folder import CORE_NAME, LEDGER_NAME, WEIGHTS_NAME
-from lora_merge.checkpoint.planned import CertificateMode, Measured, Settings
+from lora_merge.checkpoint.planned import Measured, Settings
 from lora_merge.environment import device_named
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
 from lora_merge.folding.arrivals import (
@@ -26,24 +24,22 @@ from lora_merge.folding.arrivals import (
     Contributions,
     arriving,
     refs_of,
-    require_rule,
     weights_of_arrivals,
     withdrawn,
 )
 from lora_merge.folding.by_mean import bound, worth_merging_again
 from lora_merge.folding.change import Change, Parts, change_of, contributions_after, parts_of
 from lora_merge.folding.global_adapter import GlobalAdapter, opened_global
+from lora_merge.folding.how import How, Located, is_there, require_folds, settings_of
 from lora_merge.folding.late import screened, wholly_screened, with_screening
 from lora_merge.intake import UNSCREENED, Reading, other_names
 from lora_merge.ledger import Ledger, LeftOut
 from lora_merge.lock import FILE_NAME as LOCK_NAME
 from lora_merge.lock import SIGNATURE_NAME, Lock
-from lora_merge.options import merge_settings
 from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require_same_files
 from lora_merge.provenance import ledger_of, lock_of, write_records
 from lora_merge.screening.measuring import Findings
 from lora_merge.screening.selection import Selection
-from lora_merge.screening.stops import Screening
 from lora_merge.sources.reference import AdapterRef, Progress
 from lora_merge.sources.rooms import open_rooms
 
@@ -83,37 +79,6 @@ class Fold:
     @property
     def changed(self) -> bool:
         return bool(self.added or self.replaced or self.withdrawn or self.again)
-
-
-@dataclass(frozen=True)
-class Located:
-    """Where a global adapter lies.
-
-    Attributes:
-        folder: on this machine, None where there is none yet.
-        place: what the user calls it; of a folder, its whole path.
-        commit: of its repository.
-        given: what the user wrote, where the result is to be a folder.
-    """
-
-    folder: Path | None
-    place: str
-    commit: str | None = None
-    given: Path | None = None
-
-
-@dataclass(frozen=True)
-class How:
-    """How to merge; what is None is as the global adapter was made with, or by default."""
-
-    chosen: Mapping[str, Any]  # method, rank, energy, global_lr, dtype: those that were given
-    weights: Weights | None = None
-    base: str | Path | None = None
-    device: str = "cpu"
-    certificate: CertificateMode | None = None
-    workers: int | None = None
-    screening: Screening | None = None
-    pinned: bool = True  # where a truncated mean has no core, read its clients' files again, if they are there
 
 
 def fold_folder(
@@ -225,21 +190,6 @@ def _first(
     return Fold(target, made.ledger, added, warnings=made.warnings, left_out=made.ledger.left_out)
 
 
-def is_there(folder: Path) -> bool:
-    """Whether something lies at `folder`: an empty folder is nothing."""
-    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def require_folds(method: str, rank: Rank | None) -> None:
-    """Raise `UsageError` where there is no way to bring arrivals in."""
-    if method == "svd" and type(rank) is not int:
-        reason = "--onto needs a fixed --rank of svd: by it goes what is kept for later arrivals"
-        raise UsageError(f"{reason}, not {rank or 'auto'}.", hint="--method svd --rank 16")
-    if method in METHODS and METHODS[method].folds is None:
-        folding = ", ".join(name for name, each in METHODS.items() if each.folds)
-        raise UsageError(f"{method} cannot be folded: it needs all clients at once.", hint=f"--onto is for {folding}.")
-
-
 def _write(
     target: Path,
     change: Change,
@@ -300,30 +250,3 @@ def _require_as_read(before: GlobalAdapter) -> None:
         same = False
     if not same:
         raise ConflictError(f"{before.place} was changed by somebody else in the meantime.", hint=_AGAIN)
-
-
-def settings_of(ledger: Ledger, how: How) -> Settings:
-    """How the global adapter was made, which is how its arrivals are merged.
-
-    Raises:
-        UsageError: an option is another one, or it was made in a way that cannot be folded.
-    """
-    require_folds(ledger.method, ledger.options.get("rank"))
-    require_rule(ledger, how.weights, how.screening.cap_examples if how.screening else None)
-    if how.certificate == "probes" and METHODS[ledger.method].folds == "mean":
-        raise UsageError("--certificate probes is an estimate, and a folded mean keeps a bound: it is exact or off.")
-    known = {name: value for name, value in ledger.options.items() if name in asdict(Options())}
-    if other := sorted(name for name, value in ledger.options.items() if value and name not in known):
-        raise UsageError(f"It was merged with {', '.join(other)}, which needs all clients at once.")
-    made = {"method": ledger.method, "dtype": ledger.dtype, "global_lr": ledger.global_lr, **known}
-    for name, value in how.chosen.items():
-        if value != made.get(name):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} is {value}, and the global adapter was made with {made.get(name, 'none')}.",
-                hint=f"Leave {option} out, or merge all clients anew without --onto.",
-            )
-    by_rank = ledger.method == "svd"
-    rank, energy = (known.get("rank"), known.get("energy")) if by_rank else (None, None)
-    settings = merge_settings(ledger.method, rank, energy if rank == "auto" else None, ledger.dtype, how.certificate)
-    return replace(settings, options=replace(settings.options, **known))

@@ -12,7 +12,8 @@ from lora_merge.checkpoint.folder import alone_beside, check_free, remove_leftov
 from lora_merge.checkpoint.overwriting import require_apart, require_outside_adapters
 from lora_merge.checkpoint.planned import CertificateMode
 from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
-from lora_merge.folding.corridor import UNSIGNED, Fold, How, Located, fold_folder, is_there
+from lora_merge.folding.corridor import UNSIGNED, Fold, fold_folder
+from lora_merge.folding.how import How, Located, is_there
 from lora_merge.folding.plan import FoldPlan, plan_of
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 from lora_merge.intake import Reading

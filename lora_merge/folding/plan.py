@@ -13,8 +13,8 @@ from lora_merge.errors import LoraMergeError, RefusedError
 from lora_merge.folding import by_blocks, by_mean
 from lora_merge.folding.arrivals import Arrivals, listed_arrivals, refs_of, weights_of_arrivals, withdrawn
 from lora_merge.folding.change import Change, change_of
-from lora_merge.folding.corridor import How, Located, settings_of
 from lora_merge.folding.global_adapter import opened_global
+from lora_merge.folding.how import How, Located, settings_of
 from lora_merge.folding.pinned import candidates_again
 from lora_merge.intake import UNSCREENED, Reading, other_names
 from lora_merge.screening.selection import Selection

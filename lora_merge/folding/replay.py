@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lora_merge.aggregation.robust import robust_of
 from lora_merge.checkpoint.planned import CertificateMode
-from lora_merge.folding.corridor import How, Located, fold_folder
+from lora_merge.folding.corridor import fold_folder
+from lora_merge.folding.how import How, Located
 from lora_merge.intake import Reading
 from lora_merge.lock import Lock
 from lora_merge.pipeline import aggregate

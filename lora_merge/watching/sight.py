@@ -8,8 +8,8 @@ from pathlib import Path
 from lora_merge.checkpoint.peft_folder import LEDGER_NAME, FolderRefused, open_folder
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError
 from lora_merge.folding.arrivals import came_from
-from lora_merge.folding.corridor import is_there
 from lora_merge.folding.global_adapter import ledger_in
+from lora_merge.folding.how import is_there
 from lora_merge.intake import Reading
 from lora_merge.ledger import Contribution, Ledger
 from lora_merge.sources.reference import AdapterRef

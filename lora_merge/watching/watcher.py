@@ -18,7 +18,7 @@ from lora_merge.errors import (
     one_line,
 )
 from lora_merge.folding.arrivals import require_cap
-from lora_merge.folding.corridor import require_folds
+from lora_merge.folding.how import require_folds
 from lora_merge.folding.onto import Fold, fold
 from lora_merge.intake import Reading
 from lora_merge.options import merge_settings, require_sound
