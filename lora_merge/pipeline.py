@@ -136,7 +136,7 @@ def aggregate(
     with accepted(sources, weights, Reading(max_wait, tell, progress, pins_of(known)), screening) as inputs:
         measures, where = robust.weighs, device_named(device)
         federation = federation_of(inputs, global_lr, base, where, to_measure=measures, tell=tell)
-        with pool(workers) as threads, atomic_folder(output, force=force) as work:
+        with pool(workers) as threads, atomic_folder(output, force=force, looked=True, tell=tell) as work:
             # Hashes are taken beside the merge, unless a lock decides by them whether there is to be one.
             hashes = threads.map(PeftFolder.sha256, inputs.clients.values())
             run = partial(merge_defended, federation, settings, robust, work / WEIGHTS_NAME, threads, progress)

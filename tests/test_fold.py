@@ -382,6 +382,35 @@ def test_somebody_elses_change_in_the_meantime_is_a_conflict_and_is_kept(
     same_as_one_merge(onto, thin_clients[:2], tmp_path / "one")
 
 
+@pytest.mark.parametrize("there", [True, False], ids=["nothing new", "an arrival"])
+def test_what_somebody_makes_at_another_output_in_the_meantime_is_a_conflict_and_is_kept(
+    there: bool, thin_clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onto, output = tmp_path / "global", tmp_path / "other"
+    fold(thin_clients[:2], onto)
+    opened = corridor.opened_global
+
+    def meanwhile(*arguments: Any) -> Any:
+        aggregate(thin_clients[2:], output)
+        return opened(*arguments)
+
+    monkeypatch.setattr(corridor, "opened_global", meanwhile)
+    with pytest.raises(ConflictError, match="other in the meantime"):
+        fold(thin_clients[1 if there else 2 :][:1], onto, output=output)
+    same_as_one_merge(output, thin_clients[2:], tmp_path / "one")
+
+
+def test_by_force_the_first_merge_replaces_what_is_at_another_output(thin_clients: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "other"
+    aggregate(thin_clients[2:], output)
+    with pytest.raises(UsageError, match="exists already"):
+        fold(thin_clients[:2], tmp_path / "new", output=output)
+    with pytest.raises(UsageError, match="nobody"):  # an error of another kind is no conflict with what is there
+        fold(thin_clients[:2], tmp_path / "new", output=output, force=True, weights={"nobody": 1.0})
+    fold(thin_clients[:2], tmp_path / "new", output=output, force=True)
+    same_as_one_merge(output, thin_clients[:2], tmp_path / "one")
+
+
 def test_the_core_keeps_its_bound_and_stays_near_one_merge(tmp_path: Path) -> None:
     clients = [write_client(tmp_path / f"client-{i}", i, 48, 4, trained=True) for i in range(12)]
     folded, once, _ = truncated(tmp_path, clients, 3)

@@ -4,23 +4,40 @@ import ctypes
 import errno
 import fcntl
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from lora_merge.checkpoint.overwriting import Kind, require_outside_adapters, require_replaceable
 from lora_merge.errors import ConflictError, StorageError, UsageError
 from lora_merge.interrupts import in_one_piece
 
 _REPLACED = "replaced"
+_LONGEST = 200  # bytes of a name: with what is added to it, no file system's 255 are passed
+_SECONDS_OF_SILENCE, _SECONDS_BETWEEN_TRIES = 1.0, 0.02
+T = TypeVar("T")
+
+
+def _silent(_: str) -> None:
+    return None
 
 
 @contextmanager
 def atomic_folder(
-    output: Path, *, force: bool = False, kind: Kind = "merged", option: str = "--output"
+    output: Path,
+    *,
+    force: bool = False,
+    kind: Kind = "merged",
+    option: str = "--output",
+    looked: bool = False,
+    tell: Callable[[str], None] = _silent,
 ) -> Iterator[Path]:
     """Yield an empty folder beside `output`; when the block ends well, flush it and rename it to `output`.
 
@@ -28,10 +45,13 @@ def atomic_folder(
     is removed first; a folder that another live run is writing is left alone.
 
     Args:
-        output: the final path. Its parents are made; a link is followed, and stays.
+        output: the final path. Its parents are made, and removed where nothing comes of it; a link is followed, and
+            stays.
         force: replace a result of this `kind` that is at `output` and holds nothing else; without it, anything there
             but an empty folder is an error.
         option: what the user gave `output` as.
+        looked: whether the caller has done `check_free` already, so that what is there now was made meanwhile.
+        tell: called with a line where another program's lock is waited for.
 
     Raises:
         UsageError: `output` exists, and `force` is false or it is of no such kind.
@@ -39,25 +59,53 @@ def atomic_folder(
         StorageError: the disk is full or not writable.
     """
     output = Path(os.path.realpath(output))
-    check_free(output, force=force, kind=kind, option=option)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work, lock = work_folder(output)
-    except OSError as error:
-        raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
-    try:
-        yield work
-        _flush(work, _umask())
+    free = partial(check_free, output, force=force, kind=kind, option=option)
+    still_free = partial(_require_still, free, output)
+    (still_free if looked else free)()
+    with new_parents(output):
         try:
-            check_free(output, force=force, kind=kind, option=option)
-        except UsageError as error:  # it was free when we began
-            raise made_meanwhile(output) from error
-        _replace(output, work, force=force)
-    except OSError as error:
-        raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
+            work, lock = in_parents(output, partial(work_folder, output, tell))
+        except OSError as error:
+            raise StorageError(f"cannot write beside {output}: {error.strerror}") from error
+        try:
+            yield work
+            _flush(work, _umask())
+            still_free()
+            _replace(output, work, force=force)
+        except OSError as error:
+            raise StorageError(f"writing {output} failed: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+
+
+def _require_still(free: Callable[[], None], output: Path) -> None:
+    try:
+        free()
+    except UsageError as error:
+        raise made_meanwhile(output) from error
+
+
+@contextmanager
+def new_parents(path: Path) -> Iterator[None]:
+    """Remove, at the end, those parents of `path` that are not there yet and stay empty."""
+    missing = [parent for parent in path.parents if not os.path.lexists(parent)]
+    try:
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        for parent in missing:
+            with suppress(OSError):  # what is not empty stays
+                parent.rmdir()
+
+
+def in_parents(path: Path, make: Callable[[], T]) -> T:
+    """What `make` makes beside `path`, whose parents are made; anew where they vanish, as a failing run's do."""
+    for _ in range(2):
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return make()
 
 
 def write_file(path: Path, text: str) -> None:
@@ -83,17 +131,18 @@ def file_beside(path: Path) -> Iterator[Path]:
         StorageError: it cannot be made, or what is done with it fails.
     """
     work: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-        os.close(descriptor)
-        work = Path(name)
-        yield work
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        if work is not None:
-            work.unlink(missing_ok=True)
+    with new_parents(path):
+        try:
+            make = partial(tempfile.mkstemp, prefix=_prefix(path), dir=path.parent)
+            descriptor, name = in_parents(path, make)
+            os.close(descriptor)
+            work = Path(name)
+            yield work
+        except OSError as error:
+            raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
+        finally:
+            if work is not None:
+                work.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -135,21 +184,47 @@ def check_free(output: Path, *, force: bool = False, kind: Kind = "merged", opti
 
 
 def require_writable(output: Path) -> None:
-    """Raise `StorageError` where nothing can be made at `output`: before the work rather than after it."""
-    parent = next(folder for folder in Path(os.path.realpath(output)).parents if os.path.lexists(folder))
+    """Raise where nothing can be made at `output`: before the work rather than after it.
+
+    Raises:
+        UsageError: a name in it is too long for the file system.
+        StorageError: the folder that it is to lie in cannot be written.
+    """
+    whole = Path(os.path.realpath(output))
+    parent = next(folder for folder in whole.parents if os.path.lexists(folder))
+    for path in (*(parent / name for name in whole.relative_to(parent).parts), whole):
+        _require_short(path)
     if not parent.is_dir():
         raise StorageError(f"cannot write {output}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {output}: {parent} may not be written")
 
 
-@in_one_piece
-def work_folder(output: Path) -> tuple[Path, int]:
+def _require_short(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            size = len(os.fsencode(path.name))
+            hint = f"The name {path.name[:20]}… has {size} bytes; most file systems take 255."
+            raise UsageError(f"A name is too long for the file system: {path}.", hint=hint) from error
+
+
+def work_folder(output: Path, tell: Callable[[str], None] = _silent) -> tuple[Path, int]:
     """A new folder beside `output`, and the descriptor of the lock on it, to be held while this run lives."""
+    while True:
+        with alone_beside(output, tell):
+            pass  # a wait that Ctrl-C ends, which it would not inside
+        with suppress(BlockingIOError):  # somebody was quicker
+            return _made(output)
+
+
+@in_one_piece
+def _made(output: Path) -> tuple[Path, int]:
     parent = os.open(output.parent, os.O_RDONLY)
     try:
         # Without the parent's lock another run could take the new folder for a leftover before it is locked.
-        fcntl.flock(parent, fcntl.LOCK_EX)
+        fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_leftovers(output)
         work = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
         lock = os.open(work, os.O_RDONLY)
@@ -178,18 +253,39 @@ def remove_leftovers(output: Path) -> None:
 
 
 @contextmanager
-def alone_beside(output: Path) -> Iterator[None]:
+def alone_beside(output: Path, tell: Callable[[str], None] = _silent) -> Iterator[None]:
     """Hold what every run takes for a moment before it writes beside `output`: no other run begins or ends here."""
-    parent = os.open(os.path.dirname(os.path.realpath(output)), os.O_RDONLY)
+    folder = os.path.dirname(os.path.realpath(output))
+    parent, since = os.open(folder, os.O_RDONLY), time.monotonic()
     try:
-        fcntl.flock(parent, fcntl.LOCK_EX)
+        while not _is_taken(parent):
+            if time.monotonic() - since > _SECONDS_OF_SILENCE:
+                tell(f"Waiting for another program that has {folder} locked.")
+                since = float("inf")
+            time.sleep(_SECONDS_BETWEEN_TRIES)
         yield
     finally:
         os.close(parent)
 
 
+def _is_taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def hidden_name(path: Path, ending: str) -> str:
+    """The name of what lies beside `path` while it is made; of a long one, its beginning and its hash."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return f".{name}.{ending}"
+
+
 def _prefix(output: Path) -> str:
-    return f".{output.name}.partial-"
+    return hidden_name(output, "partial-")
 
 
 def _umask() -> int:

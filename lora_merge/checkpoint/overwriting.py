@@ -72,7 +72,7 @@ def require_outside_adapters(output: Path, option: str = "--output") -> None:
 def adapter_around(path: Path) -> Path | None:
     """The adapter's folder that `path` lies in, if any, through whatever links."""
     folders = Path(os.path.realpath(path)).parents
-    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
+    return next((folder for folder in folders if os.path.isfile(folder / "adapter_config.json")), None)
 
 
 def require_apart(output: Path, inputs: Iterable[Path], option: str = "--output") -> None:

@@ -29,7 +29,7 @@ def make_base(folder: Path, tell: Callable[[str], None]) -> None:
     gguf = wheel_file()
     snapshot = from_hub(tell)
     if snapshot is not None:
-        with atomic_folder(folder) as work:
+        with atomic_folder(folder, tell=tell) as work:
             for path in snapshot.iterdir():
                 if path.is_file():
                     shutil.copyfile(path, work / path.name)

@@ -88,7 +88,7 @@ def export(
     _round(merged, dtype)
     parameters, expected = merged.num_parameters(), _logits(merged, tokens)
     tell(f"Writing {output}")
-    with atomic_folder(output, force=force, kind="model") as folder:
+    with atomic_folder(output, force=force, kind="model", looked=True, tell=tell) as folder:
         merged.to(DTYPES[dtype]).save_pretrained(folder, safe_serialization=True)
         _copy_tokenizer(found.folder, folder)
         del merged, model  # there may be no room for two

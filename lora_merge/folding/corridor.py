@@ -40,7 +40,7 @@ from lora_merge.pipeline import aggregate, merge_modules, rank_warnings, require
 from lora_merge.provenance import ledger_of, lock_of, write_records
 from lora_merge.screening.measuring import Findings
 from lora_merge.screening.selection import Selection
-from lora_merge.sources.reference import AdapterRef, Progress
+from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import open_rooms
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def fold_folder(
             afresh = worth_merging_again(before) if nothing_new and _are_named(stay, refs, arrivals) else None
             if nothing_new and not afresh:
                 notes, left_out = [*rooms.notes, *selection.notes], sorted(selection.left_out)
-                return Fold(_as_it_was(before, onto, target), before.ledger, warnings=notes, left_out=left_out)
+                output = _as_it_was(before, onto, target, how, reading)
+                return Fold(output, before.ledger, warnings=notes, left_out=left_out)
             weighed = weights_of_arrivals(arrivals, how.weights, before.ledger, stay, selection)
             change = replace(change_of(before, arrivals, weighed.n, gone), afresh=afresh)
             device = device_named(how.device)
@@ -122,7 +123,7 @@ def fold_folder(
                     came=[candidate.ref for candidate in arrivals.candidates.values()],
                 )
                 signed = (target / SIGNATURE_NAME).exists()
-                ledger = _write(target, change, parts, settings, how.workers, reading.progress, record)
+                ledger = _write(target, change, parts, settings, how, reading, record)
             return Fold(
                 output=target,
                 ledger=ledger,
@@ -140,12 +141,12 @@ def fold_folder(
             )
 
 
-def _as_it_was(before: GlobalAdapter, onto: Located, target: Path) -> Path:
+def _as_it_was(before: GlobalAdapter, onto: Located, target: Path, how: How, reading: Reading) -> Path:
     """Where the global adapter lies in which nothing is new: where a result is asked for elsewhere, a copy of it."""
     folder = before.folder.folder
     if onto.given is None or os.path.realpath(target) == os.path.realpath(folder):
         return onto.given or folder
-    with atomic_folder(target, force=True) as work:
+    with atomic_folder(target, force=how.force, looked=True, tell=reading.tell) as work:
         for name in (*OWN_NAMES, LEDGER_NAME, LOCK_NAME, SIGNATURE_NAME, "README.md"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, work / name)
@@ -176,14 +177,15 @@ def _first(
             device=how.device,
             certificate=how.certificate,
             workers=how.workers,
+            force=how.force,
             screening=how.screening,
             core=how.chosen.get("method") == "svd",
             max_wait=reading.max_wait,
             tell=reading.tell,
             progress=reading.progress,
         )
-    except UsageError as error:
-        if is_there(target):
+    except (ConflictError, UsageError) as error:
+        if target == onto.given and is_there(target):
             raise ConflictError(f"Somebody else has made {onto.place} in the meantime.", hint=_AGAIN) from error
         raise
     added = [each.client_id for each in made.ledger.contributions]
@@ -195,8 +197,8 @@ def _write(
     change: Change,
     parts: Parts,
     settings: Settings,
-    workers: int | None,
-    progress: Progress,
+    how: How,
+    reading: Reading,
     record: Callable[[Ledger, Ledger], Ledger],
 ) -> Ledger:
     """Merge into `target` in one step; where that is the global adapter itself, only while it is what was read.
@@ -209,9 +211,14 @@ def _write(
         # Beside stored blocks probes, so that an arrival costs no more than the adapter is large; of a mean not, since
         # an estimate would make no bound.
         settings = replace(settings, certificate="exact" if by_mean else "probes")
-    option = "--onto" if os.path.realpath(target) == os.path.realpath(before.folder.folder) else "--output"
-    with ExitStack() as end, pool(workers) as threads, atomic_folder(target, force=True, option=option) as work:
-        merged = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, progress)
+    in_place = os.path.realpath(target) == os.path.realpath(before.folder.folder)
+    force, option = in_place or how.force, "--onto" if in_place else "--output"
+    with (
+        ExitStack() as end,
+        pool(how.workers) as threads,
+        atomic_folder(target, force=force, option=option, looked=not in_place, tell=reading.tell) as work,
+    ):
+        merged = merge_modules(federation, settings, work / WEIGHTS_NAME, threads, reading.progress)
         contributions = contributions_after(change, parts)
         lock = lock_of(federation, parts.clients, settings, before.ledger.weighting, contributions)
         ledger = ledger_of(federation, lock, contributions, merged.measured, settings, before.name())
@@ -224,7 +231,7 @@ def _write(
         ledger = write_records(work, ledger, lock, parts.clients, merged, of_core)
         require_same_files({**change.arrivals.new, before.place: before.folder})
         if target.exists() and before.folder.folder.exists() and target.samefile(before.folder.folder):
-            end.enter_context(alone_beside(target))
+            end.enter_context(alone_beside(target, reading.tell))
             _require_as_read(before)
     return ledger
 

@@ -45,6 +45,7 @@ class How:
     certificate: CertificateMode | None = None
     workers: int | None = None
     screening: Screening | None = None
+    force: bool = False  # replace the merged adapter that is at another output than the global adapter itself
     pinned: bool = True  # where a truncated mean has no core, read its clients' files again, if they are there
 
 

@@ -80,7 +80,7 @@ def fold(
     """
     given = {"method": method, "rank": rank, "energy": energy, "global_lr": global_lr, "dtype": dtype}
     chosen = {name: value for name, value in given.items() if value is not None}
-    how = How(chosen, weights, base, device, certificate, workers, screening)
+    how = How(chosen, weights, base, device, certificate, workers, screening, force and output is not None)
     require_sound(1.0 if global_lr is None else global_lr, workers)
     option = "--onto" if output is None else "--output"
     require_apart(Path(onto if output is None else output), folders_named(sources), option)
@@ -139,7 +139,7 @@ def _located(onto: str | Path, reading: Reading) -> Located:
         if kind == "folder":
             folder = Path(onto).absolute()
             if folder.parent.is_dir():
-                with alone_beside(folder):
+                with alone_beside(folder, reading.tell):
                     remove_leftovers(folder)  # of a killed fold: the next one may find nothing new, and write nothing
             return Located(folder if is_there(folder) else None, str(folder.resolve()))
         repo = str(onto).removeprefix("hf://").removeprefix("models/")

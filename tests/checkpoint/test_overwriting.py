@@ -1,7 +1,11 @@
 """What --force may replace: a result of its own kind, whole and alone; and nothing ever that is read."""
 
+import fcntl
 import os
+import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +212,89 @@ def test_a_link_that_lies_where_a_file_is_written_beside_is_not_written_through(
     assert (path.read_text(), path.stat().st_mode & 0o777, other.read_text()) == ("ours", 0o640, "theirs")
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "🦙" * 63])
+def test_a_name_may_be_as_long_as_the_file_system_takes(name: str, tmp_path: Path) -> None:
+    for force in (False, True):
+        with atomic_folder(folder_of(tmp_path / name, *MERGED) if force else tmp_path / name, force=force) as work:
+            (work / "new").touch()
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["new"]
+        (tmp_path / name / "new").unlink()
+        (tmp_path / name).rmdir()
+    write_file(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("output", ["x" * 256, f"new/{'x' * 256}", f"{'x' * 256}/new", "new/" * 1500 + "new"])
+def test_a_longer_name_is_said_to_be_before_the_work(output: str, tmp_path: Path) -> None:
+    for force in (False, True):
+        with pytest.raises(UsageError, match="too long for the file system"):
+            check_free(tmp_path / output, force=force)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_long_names_that_begin_alike_are_two_runs_places(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / ("x" * 240 + "1")) as one, atomic_folder(tmp_path / ("x" * 240 + "2")) as other:
+        assert one.is_dir()
+        assert other.is_dir()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [StorageError("no room"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
+)
+def test_what_fails_leaves_no_new_parents_but_those_that_somebody_uses(error: BaseException, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+
+    def fail(output: str) -> None:
+        with atomic_folder(tmp_path / output):
+            if output.startswith("used"):
+                (tmp_path / "used" / "thesis.txt").touch()
+            raise error
+
+    for output in ("there/out", "new/deep/out", "used/deep/out"):
+        with pytest.raises(type(error)):
+            fail(output)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "there",
+        "used",
+        "used/thesis.txt",
+    ]
+
+
+def test_runs_that_fail_take_no_folder_away_from_those_that_begin(tmp_path: Path) -> None:
+    def run(number: int) -> None:
+        for _ in range(50):
+            with suppress(StorageError), atomic_folder(tmp_path / "new" / "deep" / str(number)):
+                raise StorageError("no room")
+
+    with ThreadPoolExecutor(4) as threads:
+        failing = [threads.submit(run, number) for number in range(3)]
+        for number in range(50):
+            with atomic_folder(tmp_path / "new" / "deep" / f"made-{number}"):
+                pass
+            if not failing[0].done() and number % 2:
+                shutil.rmtree(tmp_path / "new" / "deep" / f"made-{number}")
+        for each in failing:
+            each.result()
+    assert sorted(path.name for path in (tmp_path / "new" / "deep").iterdir())[0].startswith("made-")
+
+
+def test_a_lock_that_another_program_holds_is_waited_for_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "_SECONDS_OF_SILENCE", 0.1)
+    theirs, said = os.open(tmp_path, os.O_RDONLY), list[str]()
+    fcntl.flock(theirs, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [theirs]).start()
+    with atomic_folder(tmp_path / "out", tell=said.append) as work:
+        (work / "new").touch()
+    assert said == [f"Waiting for another program that has {tmp_path} locked."]
+    said.clear()
+    with atomic_folder(tmp_path / "other", tell=said.append):
+        pass
+    assert said == []
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before the last look", "after it"])
 def test_what_somebody_makes_meanwhile_is_left_as_it_is(
     late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,3 +322,10 @@ def test_what_somebody_makes_meanwhile_is_left_as_it_is(
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["global"]
     assert (output / "theirs").read_text() == "precious"
+
+
+def test_what_is_there_after_the_callers_look_was_made_meanwhile(tmp_path: Path) -> None:
+    output = folder_of(tmp_path / "out", *MERGED)
+    for looked, error in ((False, UsageError), (True, ConflictError)):
+        with pytest.raises(error), atomic_folder(output, looked=looked):
+            pass
