@@ -170,5 +170,5 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(merger: Merger, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, talk = process.communicate(timeout=30)
     assert process.returncode == 130, talk
-    assert list(output.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     assert "Traceback" not in talk

@@ -1,19 +1,22 @@
 """The end of a run: the adapter folder with the client's statement, written beside and renamed."""
 
 import json
+import os
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from lora_merge import __version__
 from lora_merge.checkpoint.folder import atomic_folder
+from lora_merge.errors import ConflictError
 from lora_merge.recipe import LoadedRecipe
 from lora_merge.statement import FILE_NAME, BaseModel, RecipeRef, Statement
 from lora_merge.training.fit import Fitted
-from lora_merge.training.job import Job, is_main_process
+from lora_merge.training.job import Job, is_main_process, remove_checkpoints
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ def write_client(
     """Write the client's adapter folder: `adapter_config.json`, `adapter_model.safetensors`, `lora_merge.json`.
 
     The folder appears whole, by one rename, or not at all.
+
+    Raises:
+        ConflictError: somebody else has made the output in the meantime; what was trained lies beside it.
+        StorageError: the disk is full or not writable.
     """
     # A run of few steps may not have come to every row; the client's weight counts those that it learnt from.
     steps, batch = fitted.steps, loaded.recipe.batch_size
@@ -63,10 +70,27 @@ def write_client(
 
 def _write(model: Any, base: BaseModel, statement: Statement, job: Job) -> None:
     config = json.dumps(_config(model, base), indent=2, sort_keys=True) + "\n"
-    with atomic_folder(job.output, force=True, kind="client") as folder:  # `check_job` has said that it may be replaced
-        _write_weights(model, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
-        (folder / FILE_NAME).write_text(statement.to_json(), encoding="utf-8")
+
+    def write(output: Path, *, force: bool = False) -> None:
+        with atomic_folder(output, force=force, kind="client", looked=True, tell=job.tell) as folder:
+            _write_weights(model, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+            (folder / FILE_NAME).write_text(statement.to_json(), encoding="utf-8")
+
+    try:
+        write(job.output, force=job.force)
+    except ConflictError as error:
+        beside = _free_beside(job.output)
+        write(beside)
+        remove_checkpoints(job)  # the run is over: there is nothing to go on with
+        error.hint = f"It is left as it is. What was trained is whole, and lies in {beside}; --resume is not needed."
+        raise
+
+
+def _free_beside(output: Path) -> Path:
+    """The first of `output-2`, `output-3`, … that is not there."""
+    names = (output.with_name(f"{output.name[:60]}-{number}") for number in count(2))
+    return next(path for path in names if not os.path.lexists(path))
 
 
 def _write_weights(model: Any, path: Path) -> None:

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_merge.checkpoint.folder import alone_beside, check_free, write_file
+from lora_merge.checkpoint.folder import alone_beside, check_free, hidden_name, in_parents, new_parents, write_file
 from lora_merge.environment import device_kind
 from lora_merge.errors import ConflictError, NotFoundError, UsageError
 from lora_merge.recipe import LoadedRecipe
@@ -69,7 +70,7 @@ class Job:
     def work(self) -> Path:
         """The hidden folder beside the output that holds checkpoints while the run lasts."""
         output = Path(os.path.abspath(self.output))
-        return output.parent / f".{output.name}.training"
+        return output.parent / hidden_name(output, "training")
 
 
 def check_job(job: Job) -> None:
@@ -115,12 +116,12 @@ def work_folder(job: Job, loaded: LoadedRecipe, base: BaseModel) -> Iterator[Pat
                 hint="--force in place of --resume starts anew.",
             )
         if not checkpoint:
-            _remove_checkpoints(job)
+            remove_checkpoints(job)
             write_file(marked, mark)
         if job.resume:
             job.tell(f"Going on from {checkpoint.name}" if checkpoint else "No checkpoint to go on from: starting anew")
         yield checkpoint
-        _remove_checkpoints(job)
+        remove_checkpoints(job)
 
 
 @contextmanager
@@ -129,17 +130,22 @@ def _only_run(job: Job) -> Iterator[None]:
 
     A killed run's lock is gone with it.
     """
-    job.work.parent.mkdir(parents=True, exist_ok=True)
-    with alone_beside(job.work):  # or it could be removed while we open it
+    with new_parents(job.work):
+        lock = in_parents(job.work, partial(_take, job))
+        try:
+            yield
+        finally:
+            if last_checkpoint(job) is None:
+                with alone_beside(job.work, job.tell):
+                    shutil.rmtree(job.work, ignore_errors=True)
+            os.close(lock)
+
+
+def _take(job: Job) -> int:
+    """Make the work folder where there is none; the descriptor of the lock on it."""
+    with alone_beside(job.work, job.tell):  # or it could be removed while we open it
         job.work.mkdir(exist_ok=True)
-        lock = _locked(job)
-    try:
-        yield
-    finally:
-        if last_checkpoint(job) is None:
-            with alone_beside(job.work):
-                shutil.rmtree(job.work, ignore_errors=True)
-        os.close(lock)
+        return _locked(job)
 
 
 def _locked(job: Job) -> int:
@@ -156,7 +162,8 @@ def _locked(job: Job) -> int:
     return lock
 
 
-def _remove_checkpoints(job: Job) -> None:
+def remove_checkpoints(job: Job) -> None:
+    """Remove what an interrupted run would go on from."""
     for folder in job.work.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -186,15 +193,15 @@ def _check_output(job: Job) -> None:
             f"An interrupted run is waiting beside {job.output}.",
             hint="--resume goes on with it; --force drops it and starts anew.",
         )
-    if not os.path.lexists(job.output):
-        return
-    if not job.output.is_dir() or job.output.is_symlink():
+    is_there = os.path.lexists(job.output)
+    if is_there and (not job.output.is_dir() or job.output.is_symlink()):
         raise UsageError(f"{job.output} is there and is not a folder.")
-    there = sorted(entry.name for entry in job.output.iterdir())
+    there = sorted(entry.name for entry in job.output.iterdir()) if is_there else []
     if strangers := [name for name in there if name not in ADAPTER_FILES]:
         raise UsageError(f"{job.output} holds other files ({strangers[0]}): name a new folder.")
-    if there and not (job.force or (job.resume and waiting)):
-        raise UsageError(f"{job.output} already holds an adapter.", hint="--force trains it anew and replaces it.")
+    if there and not job.force:
+        way = "--resume --force goes on with it" if waiting else "--force trains it anew"
+        raise UsageError(f"{job.output} already holds an adapter.", hint=f"{way} and replaces it.")
     check_free(job.output, force=True, kind="client")  # now, and not after hours of training
 
 

@@ -346,6 +346,70 @@ def test_an_output_that_is_taken_is_never_replaced_unasked(train: Train, tmp_pat
     assert digests(train(steps=2, force=True).output) != first
 
 
+def test_an_adapter_that_somebody_makes_meanwhile_is_left_and_what_was_trained_lies_beside_it(
+    train: Train, tmp_path: Path
+) -> None:
+    expected = digests(train(output=tmp_path / "alone").output)["adapter_model.safetensors"]
+    theirs = digests(train(output=tmp_path / "theirs", steps=1).output)
+    (tmp_path / "out-2").touch()
+
+    def make(now: Step) -> None:
+        if now.step == 4:
+            shutil.copytree(tmp_path / "theirs", tmp_path / "out")
+
+    with pytest.raises(KeyboardInterrupt):  # so that there is a checkpoint, too
+        train(on_step=interrupt_at(2))
+    with pytest.raises(ConflictError, match="out in the meantime") as caught:
+        train(resume=True, on_step=make)
+    assert digests(tmp_path / "out") == theirs
+    assert f"lies in {tmp_path / 'out-3'}" in caught.value.hint
+    assert digests(tmp_path / "out-3")["adapter_model.safetensors"] == expected
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out", "out-2", "out-3"]
+
+
+def test_a_waiting_run_replaces_an_adapter_only_by_force(train: Train, waiting: Job, tmp_path: Path) -> None:
+    theirs = digests(train(output=tmp_path / "theirs", steps=1).output)
+    shutil.copytree(tmp_path / "theirs", tmp_path / "out")
+    with pytest.raises(UsageError, match="already holds an adapter") as caught:
+        train(resume=True)
+    assert "--resume --force" in caught.value.hint
+    assert digests(tmp_path / "out") == theirs
+    said: list[str] = []
+    assert train(resume=True, force=True, tell=said.append).fitted.steps == 6
+    assert "Going on from checkpoint-3" in said
+    assert not waiting.work.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "new/deep/out"])
+def test_a_run_into_a_long_name_or_new_folders_is_one_as_any_other(
+    name: str, train: Train, rows: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(output=tmp_path / name, on_step=interrupt_at(2))
+    assert train(output=tmp_path / name, resume=True).fitted.steps == 6
+    assert [path.name for path in (tmp_path / name).parent.glob(".*")] == []
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_new_folders(train: Train, tmp_path: Path) -> None:
+    def fail(now: Step) -> None:
+        raise StorageError("no room")
+
+    with pytest.raises(StorageError):
+        train(output=tmp_path / "new" / "deep" / "out", on_step=fail)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in an adapter", "too long"])
+def test_a_place_where_nothing_can_be_written_is_said_before_any_step(
+    inside: bool, train: Train, tmp_path: Path
+) -> None:
+    adapter = train(steps=1).output
+    said: list[str] = []
+    with pytest.raises(UsageError, match="which is an adapter" if inside else "too long"):
+        train(output=adapter / "deep" if inside else tmp_path / ("x" * 256), tell=said.append)
+    assert said == []
+
+
 def test_a_folder_with_other_files_is_never_replaced_even_with_force(train: Train, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("dear", encoding="utf-8")
