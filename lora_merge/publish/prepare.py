@@ -208,9 +208,9 @@ def _require_no_secrets(folder: Path, texts: Mapping[str, bytes], card: bytes | 
 
 
 def _require_no_paths(folder: Path, texts: Mapping[str, bytes]) -> None:
-    """Raise `RefusedError` with every absolute path that an entry of a record, or of a tensor file's header, is."""
+    """Raise `RefusedError` with every entry of a record, or of a tensor file's header, that holds an absolute path."""
     fields = [f"{name}, {place}" for name, content in texts.items() for place in find_paths(_text(content))]
-    reason = "is a path on somebody's machine"
+    reason = "holds a path on somebody's machine"
     if problems := [Problem(str(folder), field, reason) for field in fields if not _BASE_NAME.fullmatch(field)]:
         raise RefusedError(problems, hint="Take the path out of the file, or write there what it means to others.")
 

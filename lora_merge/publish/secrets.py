@@ -1,6 +1,7 @@
 """What must never be published: credentials, and paths on somebody's machine. Found by form; never repeated.
 
-In prose only a home's path is known for one; in JSON every text that is an absolute path as a whole.
+In prose only a home's path is known for one; in JSON every text that is an absolute path as a whole, and within a text
+one that begins with a drive or with a folder where people keep their work.
 """
 
 import json
@@ -49,6 +50,15 @@ _FORMS: Mapping[str, str] = {
     "a path of a Windows home folder": _WINDOWS_HOME,
 }
 _ABSOLUTE = re.compile(r"(?:file:)?/+[^/\s]|~\w*/|[A-Za-z]:[\\/]|\\\\\w", re.ASCII)
+# Where whoever has no room at home keeps data and models. `/usr/bin` is on every machine, `/v1/chat` on none.
+_PLACES = (
+    "cluster|content|data|datasets|dbfs|export|fsx|gpfs|kaggle|lustre|media|mnt|models|net|nfs|nvme|opt|private"
+    "|projects?|raid|scratch|shared?|srv|ssd|storage|tmp|var|Volumes|work|workspace"
+)
+_WITHIN = re.compile(
+    rf"(?<![A-Za-z])(?:file:/+[^/\s]|[A-Za-z]:(?:\\+[\w.\- ]+\\|/[\w.\-]+/))|{_PATH}/+(?:{_PLACES})\d*/+[\w.\-]",
+)
+_ADDRESS = re.compile(rf"(?!file:){_SCHEME}://[^\s/]\S*")
 _PATTERNS = {kind: re.compile(form) for kind, form in _FORMS.items()}
 
 
@@ -76,19 +86,23 @@ def find_secrets(text: str, own: Mapping[str, str] | None = None) -> list[Secret
 
 
 def find_paths(text: str) -> list[str]:
-    """Where absolute paths stand in a text of JSON: the entries, as in `a.b.0`."""
+    """Where absolute paths stand in a text of JSON, as a whole entry or within it: the entries, as in `a.b.0`."""
     found: set[str] = set()
     rest: list[tuple[str, Any]] = [("", _parsed(text))]
     while rest:
         place, item = rest.pop()
         if isinstance(item, dict):
-            found |= {place for key in item if _ABSOLUTE.match(key)}
-            rest += [(f"{place}.{key}", value) for key, value in item.items() if not _ABSOLUTE.match(key)]
+            found |= {place for key in item if _holds_path(key)}
+            rest += [(f"{place}.{key}", value) for key, value in item.items() if not _holds_path(key)]
         elif isinstance(item, list):
             rest += [(f"{place}.{number}", value) for number, value in enumerate(item)]
-        elif isinstance(item, str) and _ABSOLUTE.match(item):
+        elif isinstance(item, str) and _holds_path(item):
             found.add(place)
     return sorted(place.removeprefix(".") for place in found)
+
+
+def _holds_path(text: str) -> bool:
+    return bool(_ABSOLUTE.match(text) or _WITHIN.search(_ADDRESS.sub(" ", text)))
 
 
 def _hits(text: str, own: Mapping[str, str]) -> Iterator[tuple[str, int]]:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lora_merge.publish.secrets import find_secrets
+from lora_merge.publish.secrets import find_paths, find_secrets
 
 # Put together here, so that no scanner of this repository takes them for real ones.
 LETTERS = "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1dF3hJ5kL7n"
@@ -109,6 +109,59 @@ def test_what_only_looks_like_a_secret_is_let_through(text: str) -> None:
     assert find_secrets(text) == []
 
 
+WITHIN = [
+    "/scratch/alice/rows.jsonl",
+    "/mnt/nas2/rows.jsonl",
+    "/data3/alice",
+    "//data//alice",
+    "/Volumes/Backup/rows",
+    "/var/lib/rows",
+    "file:///srv/rows",
+    "file:/rows",
+    "file://host/rows",
+    "nas:/export/rows",
+    "D:\\rows\\of mine\\a.jsonl",
+    "D:/rows/a.jsonl",
+    "-I/opt/alice",
+    "--data=/work/rows.jsonl",
+]
+
+
+@pytest.mark.parametrize("path", WITHIN)
+@pytest.mark.parametrize("form", ["{}", "trained at {} on Tuesday", "see `{}`.", "({})", "one https://a.org/b\n{}"])
+def test_a_path_of_a_machine_is_found_within_a_text_of_json(path: str, form: str) -> None:
+    text = form.format(path)
+    assert find_paths(json.dumps({"a": [{"notes": text}, 1]})) == ["a.0.notes"]
+    assert find_paths(json.dumps({"a": {text: 1}})) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *HARMLESS,
+        "and/or",
+        "org/data/x",
+        "./data/rows.jsonl and ../data/rows.jsonl",
+        "data/rows.jsonl",
+        "https://example.org/data/rows.jsonl?from=/data/x",
+        "https://data/x and s3://bucket/data/x and hf://datasets/org/data/x",
+        "example.org:8080/data/x",
+        "[the model](https://huggingface.co/org/model/tree/main/data)",
+        "POST /v1/chat/completions",
+        "#!/usr/bin/env python",
+        "sent to /dev/null",
+        "either /data or /tmp",
+        "3/4 /5",
+        "Q:\\nA:\\n",
+        "ratio a:/b",
+        "<|im_start|>user/<|im_end|>",
+        "s/data/x/g",
+    ],
+)
+def test_what_only_looks_like_a_path_is_let_through_within_a_text(text: str) -> None:
+    assert find_paths(json.dumps({"notes": f"it says {text} here"})) == []
+
+
 def test_the_line_is_named_and_the_secret_is_not() -> None:
     secret = "hf_" + LETTERS[:34]
     [found] = find_secrets(f"one\ntwo\nthree {secret}")
@@ -121,10 +174,11 @@ def test_what_is_known_to_be_secret_needs_no_form() -> None:
     assert (found.line, found.kind) == (2, "your Hub token")
 
 
-@pytest.mark.parametrize("unit", ["/a", "/-a", ":/a", "\\\\a", "aws", "sk-", "eyJ", "a://b"])
+@pytest.mark.parametrize("unit", ["/a", "/-a", ":/a", "\\\\a", "a:\\a", "/data", "aws", "sk-", "eyJ", "a://b"])
 def test_no_text_makes_the_scan_slow(unit: str) -> None:
     import time
 
     started = time.process_time()
     find_secrets(unit * 50_000)
+    find_paths(json.dumps({"a": f"at {unit * 50_000}"}))
     assert time.process_time() - started < 2
