@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from lora_merge.errors import UsageError, one_line
 from lora_merge.sources.filesystems import url_of
-from lora_merge.sources.local import FILE, is_pattern, whole_path, whole_paths
+from lora_merge.sources.local import HERE, is_pattern, whole_path, whole_paths, without_scheme
 from lora_merge.sources.reference import AdapterRef
 from lora_merge.sources.rooms import ON_THE_HUB, is_on_the_hub
 
@@ -30,7 +30,7 @@ class Entry:
         if "\0" in text or not text.strip():
             raise UsageError(f"{one_line(text)!r} is no source.", hint="Is a variable of the shell not set?")
         self.text = text
-        path = text.removeprefix(FILE)
+        path = without_scheme(text)
         self._spelled = whole_path(path)
         self._addresses = _addresses(text)
         self._is_pattern = is_pattern(path)
@@ -56,7 +56,7 @@ def _addresses(text: str) -> frozenset[str]:
         from lora_merge.sources.hub import bare  # half a second that other lists need not wait
 
         return frozenset((f"hf://{bare(text).rstrip('/')}",))
-    if "://" in text and not text.startswith(FILE):
+    if "://" in text and not text.startswith(HERE):
         return frozenset((url_of(text),))
     repository = {f"hf://{text}"} if ON_THE_HUB.fullmatch(text) else set()
     return whole_paths(text) | repository

@@ -13,7 +13,7 @@ from lora_merge.sources.patterns import NO_CLIENTS, clients_of
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, FileEntry
 
 MOST_NAMED = 5
-FILE = "file://"  # a folder may be written so; its records know it by its name like any other
+HERE = ("file://", "local://")  # a folder may be written so; its records know it by its name like any other
 
 
 class LocalRoom:
@@ -98,9 +98,14 @@ def whole_path(source: str) -> str:
     return os.path.realpath(path) if ".." in path.parts else os.path.abspath(path)
 
 
+def without_scheme(source: str) -> str:
+    """The path in a URL of this machine; anything else as it stands."""
+    return source.partition("://")[2] if source.startswith(HERE) else source
+
+
 def _path(source: str) -> Path:
     """What is called so here; else with `~` as the home that it means, which no shell puts into a quoted pattern."""
-    source = source.removeprefix(FILE)
+    source = without_scheme(source)
     return Path(source if os.path.exists(source) else os.path.expanduser(source))
 
 

@@ -15,7 +15,7 @@ from lora_merge.checkpoint.folder import scratch_folder
 from lora_merge.errors import NetworkError, NotFoundError, StorageError, UsageError, one_line
 from lora_merge.hub.waiting import MAX_WAIT, waiting_at_most
 from lora_merge.sources.filesystems import FilesystemRoom
-from lora_merge.sources.local import FILE, MOST_NAMED, LocalRoom, is_folder, names_of, near_misses, nor_a_folder
+from lora_merge.sources.local import HERE, MOST_NAMED, LocalRoom, is_folder, names_of, near_misses, nor_a_folder
 from lora_merge.sources.parallel import Refused, for_each
 from lora_merge.sources.reference import AdapterRef, Advance, Candidate, Progress, Room, Tell
 
@@ -127,7 +127,7 @@ class Rooms:
         """What `source` names by its form; a folder may still have to be made."""
         room = self._room(source)
         if room is vars(self).get("_local"):
-            return "url" if str(source).startswith(FILE) else "folder"
+            return "url" if str(source).startswith(HERE) else "folder"
         return "repository" if room is vars(self).get("_hub") else "url"
 
     def _say_what_is_here(self, sources: Sequence[str | Path]) -> None:
@@ -156,7 +156,7 @@ class Rooms:
             return self._local
         if not text.strip():
             raise UsageError("A source is empty.", hint="Is a variable of the shell not set?")
-        if text.startswith(FILE):
+        if text.startswith(HERE):
             return self._local
         if "://" in text:
             return self._hub if is_on_the_hub(text) else self._filesystem

@@ -1,7 +1,13 @@
 """Adapters behind fsspec's URLs, and what kind of place a source names."""
 
-from collections.abc import Iterator
+import base64
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import pytest
@@ -10,7 +16,7 @@ from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageEr
 from lora_merge.folding.onto import fold
 from lora_merge.pipeline import aggregate
 from lora_merge.screening.stops import Screening
-from lora_merge.sources.filesystems import FilesystemRoom
+from lora_merge.sources.filesystems import FilesystemRoom, told
 from lora_merge.sources.reference import Advance, Candidate
 from tests.conftest import digests
 from tests.sources.federation import adapter, write
@@ -60,6 +66,105 @@ def test_urls_give_the_bytes_that_folders_give(
     assert not list(temporary.iterdir()), "what was fetched is gone"
 
 
+class Web(SimpleHTTPRequestHandler):
+    """Folders as the pages of a server that knows no ranges, for whoever knows the password."""
+
+    def do_GET(self) -> None:
+        self._answer(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        self._answer(super().do_HEAD)
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        known = "Basic " + base64.b64encode(b"me:hunter2").decode()
+        answer() if self.headers["Authorization"] == known else self.send_error(401)
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+class Endless(Web):
+    """One whose weights files are not as long as it says, but have no end."""
+
+    def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:  # type: ignore[override]
+        if self.path.endswith(".safetensors"):
+            self.close_connection = True
+            while True:
+                outputfile.write(bytes(1 << 16))
+        super().copyfile(source, outputfile)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        endless = self.command == "GET" and self.path.endswith(".safetensors") and keyword == "Content-Length"
+        super().send_header("X-Length" if endless else keyword, value)
+
+
+@pytest.fixture
+def serve(folders: list[Path]) -> Iterator[Callable[[type[Web]], str]]:
+    """Put `folders` on the web; gives their address, with the password."""
+    servers = []
+
+    def start(handler: type[Web]) -> str:
+        web = partial(handler, directory=str(folders[0].parent))
+        servers.append(server := ThreadingHTTPServer(("127.0.0.1", 0), web))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://me:hunter2@127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_web_server_gives_the_bytes_that_folders_give_and_no_record_its_password(
+    serve: Callable[[type[Web]], str], folders: list[Path], tmp_path: Path
+) -> None:
+    address = serve(Web)
+    public = address.replace("me:hunter2@", "")
+    made = aggregate([f"{address}/*"], tmp_path / "global")
+    aggregate(folders, tmp_path / "local")
+    weights = "adapter_model.safetensors"
+    assert digests(tmp_path / "global")[weights] == digests(tmp_path / "local")[weights]
+    assert [each.source for each in made.ledger.contributions] == [f"{public}/a", f"{public}/b"]
+    assert not [path for path in (tmp_path / "global").iterdir() if b"hunter2" in path.read_bytes()]
+    only = aggregate([f"{address}/*"], tmp_path / "one", screening=Screening(exclude=[f"{address}/a"]))
+    assert [each.client_id for each in only.ledger.contributions] == ["org/b"]
+    with pytest.raises(NotFoundError) as caught:
+        aggregate([f"{address}/none"], tmp_path / "no")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises((NetworkError, NotFoundError)):
+        aggregate([f"{public}/a"], tmp_path / "no")
+
+
+def test_a_web_server_that_sends_without_end_is_refused(serve: Callable[[type[Web]], str], tmp_path: Path) -> None:
+    address = serve(Endless)
+    with pytest.raises(RefusedError):
+        aggregate([f"{address}/a"], tmp_path / "global")
+
+
+def test_a_folder_in_an_archive_is_told_by_the_archives_name(folders: list[Path], tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", folders[0].parent)
+    made = aggregate([f"zip://*::{archive}"], tmp_path / "global")
+    aggregate(folders, tmp_path / "local")
+    weights = "adapter_model.safetensors"
+    assert digests(tmp_path / "global")[weights] == digests(tmp_path / "local")[weights]
+    assert [each.source for each in made.ledger.contributions] == ["zip://a::all.zip", "zip://b::all.zip"]
+    assert str(tmp_path) not in (tmp_path / "global" / "lora-merge.lock").read_text(), "a record holds no path"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("ftp://me:hunter2@host:21/a", "ftp://host:21/a"),
+        ("404 of https://me:hunter2@host/a?sig=abc, sorry", "404 of https://host/a sorry"),
+        ("zip://a::https://host/b.zip?X-Amz-Signature=abc", "zip://a::https://host/b.zip"),
+        ("github://org:repo@main/a", "github://org:repo@main/a"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("s3://bucket/what?", "s3://bucket/what?"),
+    ],
+)
+def test_passwords_and_signatures_are_not_told(text: str, wanted: str) -> None:
+    assert told(text) == wanted
+
+
 @pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("entry", ["memory://clients/a", "memory:///clients/a/", "memory://clients/[a]"])
 def test_lists_mean_a_url_however_it_is_written(entry: str, tmp_path: Path) -> None:
@@ -73,9 +178,10 @@ def test_lists_mean_a_url_however_it_is_written(entry: str, tmp_path: Path) -> N
 
 
 def test_file_urls_and_mixed_places(memory: object, folders: list[Path], tmp_path: Path) -> None:
-    ours = aggregate([f"file://{folders[0]}", "memory://clients/b"], tmp_path / "global")
-    assert [entry.source for entry in ours.ledger.contributions] == [folders[0].name, "memory:///clients/b"]
-    assert str(tmp_path) not in (tmp_path / "global" / "lora-merge.lock").read_text(), "a record holds no path"
+    for scheme in ("file", "local"):
+        ours = aggregate([f"{scheme}://{folders[0]}", "memory://clients/b"], tmp_path / "global", force=True)
+        assert [entry.source for entry in ours.ledger.contributions] == [folders[0].name, "memory:///clients/b"]
+        assert str(tmp_path) not in (tmp_path / "global" / "lora-merge.lock").read_text(), "a record holds no path"
     both = aggregate([f"file://{folders[0].parent}/*"], tmp_path / "both")
     assert [entry.client_id for entry in both.ledger.contributions] == ["org/a", "org/b"]
 
