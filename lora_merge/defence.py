@@ -66,8 +66,10 @@ def with_defence(ledger: Ledger, result: Defended, measured: Sequence[Measured])
         _told(each, clipped.get(each.client_id), shares.get(each.client_id, 0.0) if rules else None)
         for each in ledger.contributions
     ]
-    if moved is None:
+    if result.settings.aims_at_mean:
         moved = {"relative_error": _rounded(reweighed.moved)}
+    elif result.settings.rule is None:
+        moved = None  # ties and dare were held against the mean by the rule's weights; whom it dropped is read no more
     limit = None if reweighed.limit is None else _rounded(reweighed.limit)
     return replace(ledger, contributions=contributions, clip_norm=limit, from_mean=moved)
 

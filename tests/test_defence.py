@@ -87,6 +87,40 @@ def test_the_distance_from_the_mean_is_told(name: str, plain: tuple[Path, ...], 
     assert ledger.certificate.whole["relative_error"] < 1e-6
 
 
+@pytest.mark.parametrize("name", ["clip, then trimmed mean", "median", "ties", "dare", "clip"])
+def test_it_is_told_without_a_certificate_too(name: str, federations: Federations, tmp_path: Path) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == "modules_to_save"))
+    told = [
+        aggregate(made.clients, tmp_path / str(mode), base=made.base, certificate=mode, **MADE[name]).ledger.from_mean
+        for mode in (None, "off")
+    ]
+    assert told[0] == told[1] is not None
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+@pytest.mark.parametrize("name", ["modules_to_save", "tokens", "bias that some lack"])
+def test_what_was_trained_whole_is_a_part_of_the_mean_that_the_distance_is_relative_to(
+    name: str, method: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(kind for kind in KINDS if kind.name == name))
+    ledger = aggregate(made.clients, tmp_path / "global", base=made.base, method=method, rank="lossless").ledger
+    mean, got = mean_deltas(made.kind, made.clients), delta_weights(made.kind, tmp_path / "global")
+    apart = sum(float((got.get(each, 0.0) - mean[each]).double().square().sum()) for each in mean)
+    size = sum(float(each.double().square().sum()) for each in mean.values())
+    assert ledger.from_mean is not None
+    assert ledger.from_mean["relative_error"] == pytest.approx((apart / size) ** 0.5, rel=6e-3)
+
+
+@pytest.mark.parametrize("certificate", [None, "off"])
+@pytest.mark.parametrize(("method", "rule"), [("ties", KRUM), ("ties", MEDIAN), ("dare", CLIP), ("dare", MEDIAN)])
+def test_how_far_ties_or_dare_by_the_weights_of_a_rule_is_from_the_plain_mean_is_not_told(
+    method: str, rule: Robust, certificate: Any, plain: tuple[Path, ...], tmp_path: Path
+) -> None:
+    """Each is held against the mean by those weights; what the rule dropped is read no more."""
+    ledger = aggregate(plain, tmp_path / "global", method=method, robust=rule, certificate=certificate).ledger
+    assert ledger.from_mean is None
+
+
 def test_without_a_rule_nothing_is_told(plain: tuple[Path, ...], tmp_path: Path) -> None:
     ledger = aggregate(plain, tmp_path / "global", robust=Robust(clip="off")).ledger
     assert (ledger.from_mean, ledger.clip_norm, ledger.options) == (None, None, {"seed": 0})

@@ -65,6 +65,7 @@ class Method:
         folds: how a late client is folded in without the earlier clients' files: `blocks`, exactly, beside theirs;
             `mean`, into what stands for them all; None where it cannot be.
         linear: whether its result is proportional to each client's weight over the total; ties divides by it.
+        aims_at_mean: whether the weighted mean is what its result should be; else its plans have a `target`.
         heeds: the fields of `Options` that change its result.
         instead: what to do where it refuses a module.
     """
@@ -77,6 +78,7 @@ class Method:
     plan: Callable[[Module, Options], Plan]
     heeds: frozenset[str] = frozenset()
     linear: bool = True
+    aims_at_mean: bool = True
     instead: str = ""
 
 
@@ -109,6 +111,7 @@ def method(
     folds: Folds | None,
     heeds: Collection[str] = (),
     linear: bool = True,
+    aims_at_mean: bool = True,
     instead: str = "",
 ) -> Callable[[PlanFunction], PlanFunction]:
     """Register a method under `name`; its docstring's first line becomes its summary."""
@@ -116,7 +119,7 @@ def method(
     def register(plan: PlanFunction) -> PlanFunction:
         summary = (plan.__doc__ or "").splitlines()[0]
         kept, heeded = frozenset(laws), frozenset(heeds)
-        METHODS[name] = Method(name, summary, reference, kept, folds, plan, heeded, linear, instead)
+        METHODS[name] = Method(name, summary, reference, kept, folds, plan, heeded, linear, aims_at_mean, instead)
         return plan
 
     return register

@@ -28,6 +28,7 @@ HEEDED = ("rank", "energy", "seed", "density")
     heeds=HEEDED,
     instead=INSTEAD,
     linear=False,
+    aims_at_mean=False,
 )
 def ties(module: Module, options: Options) -> Plan:
     """Each client's largest entries; of those, the mean of the clients that agree with the heavier sign."""
@@ -56,6 +57,7 @@ def ties(module: Module, options: Options) -> Plan:
     folds=None,
     heeds=HEEDED,
     instead=INSTEAD,
+    aims_at_mean=False,
 )
 def dare(module: Module, options: Options) -> Plan:
     """The weighted mean of the updates, entries of which are dropped at random and the others enlarged for them."""

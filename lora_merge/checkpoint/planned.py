@@ -11,6 +11,7 @@ from lora_merge.adapter import Factors, FactorsSpec
 from lora_merge.aggregation import certificate, coordinates
 from lora_merge.aggregation.coordinates import Coordinates
 from lora_merge.aggregation.difference import SquaredError
+from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.module import Module
 from lora_merge.aggregation.registry import Options, Plan
 from lora_merge.aggregation.whole import Value
@@ -68,6 +69,11 @@ class Settings:
     certificate: CertificateMode | None = None
     rule: Coordinates | None = None
 
+    @property
+    def aims_at_mean(self) -> bool:
+        """Whether the weighted mean is what is to be written."""
+        return self.rule is None and METHODS[self.method].aims_at_mean
+
 
 class Merge(Protocol):
     """One planned result: the tensors it will write, and the function that makes and measures them."""
@@ -98,8 +104,8 @@ class FactorsMerge:
         stored = to_stored(spec, merged)
         as_written = {role: _write(write, names[role], stored[role], settings.dtype) for role in stored}
         found = from_stored(spec, as_written)
-        if target and settings.certificate != "off":
-            error = target.squared_error(found)
+        if target:
+            error = None if settings.certificate == "off" else target.squared_error(found)
             return Measured(self.module.name, self.plan.form, spec.r, error, None, target.from_mean)
         return Measured(self.module.name, self.plan.form, spec.r, *self._measure(found, settings))
 
@@ -175,8 +181,8 @@ def _error(value: Value, settings: Settings, merged: Tensor, written: Tensor) ->
 
 
 def _from_mean(value: Value, settings: Settings, merged: Tensor) -> tuple[float, float] | None:
-    """|merged - M|^2 and |M|^2 where a rule takes the place of the mean; None where the update has no size."""
-    return None if settings.rule is None else coordinates.squared_error(value, value.mean(), merged)
+    """|merged - M|^2 and |M|^2 where something else than M is aimed at; None where the update has no size."""
+    return None if settings.aims_at_mean else coordinates.squared_error(value, value.mean(), merged)
 
 
 def _sum(errors: Sequence[tuple[float, float] | None]) -> SquaredError | None:
