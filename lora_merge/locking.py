@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_merge.aggregation.robust import WrongChoice, require_enough, robust_of
 from lora_merge.aggregation.weights import IN_RANGE, is_in_range
-from lora_merge.checkpoint.folder import file_beside, write_file
+from lora_merge.checkpoint.folder import file_beside, require_writable, write_file
 from lora_merge.checkpoint.overwriting import adapter_around
 from lora_merge.checkpoint.safetensors_file import FileRefused, parse_json
 from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, VerificationError
@@ -59,7 +59,8 @@ def is_to_be_written(path: Path, output: Path) -> bool:
     """Whether a merge into `output` writes the lock at `path`; one that an adapter's folder holds is only read.
 
     Raises:
-        UsageError: it is not there, and would be the output or a new file in an adapter's folder.
+        UsageError: it is not there, and would be the output or a new file in an adapter's folder; or its name is too
+            long for the file system.
         StorageError: no file can be written there, which is said before the merge.
     """
     place, into = Path(os.path.realpath(path)), Path(os.path.realpath(output))
@@ -72,6 +73,7 @@ def is_to_be_written(path: Path, output: Path) -> bool:
             hint="Name a lock that is there, or a place for a new one apart from adapters.",
         )
     if folder is None:
+        require_writable(path)
         with file_beside(path):
             pass
     return folder is None

@@ -115,8 +115,9 @@ def verify(
                 reasons = _other_inputs(lock, {each.client_id: each.files for each in made.inputs})
             if reasons:
                 return Verification(str(target), "different", reasons, inputs=len(lock.inputs), surplus=surplus)
-            found = _compared(str(target), folder, published, again, lock, device)
-            untrue = _untruths(again, made, lock, ledger)
+            record = ledger_in(again, str(again))
+            found = _compared(str(target), folder, published, again, record.files or {}, lock, device)
+            untrue = lock_untruths(lock, made) + (ledger_untruths(ledger, record, lock) if ledger else [])
             verdict: Verdict = "different" if untrue else found.verdict
             return replace(found, verdict=verdict, reasons=(*found.reasons, *untrue), surplus=surplus)
 
@@ -132,12 +133,6 @@ def _measured_as(ledger: Ledger | None) -> CertificateMode | None:
     if ledger is None or ledger.certificate.measured_by == "off":
         return "off"
     return "probes" if ledger.certificate.measured_by == "probes" else None
-
-
-def _untruths(again: Path, made: Lock, lock: Lock, ledger: Ledger | None) -> list[str]:
-    """What the records say that is not so."""
-    found = lock_untruths(lock, made)
-    return found + (ledger_untruths(ledger, ledger_in(again, str(again)), lock) if ledger else [])
 
 
 @dataclass(frozen=True)
@@ -231,9 +226,15 @@ def _other_inputs(lock: Lock, hashes: Mapping[str, Mapping[str, str]]) -> list[s
 
 
 def _compared(
-    target: str, folder: Path, published: Mapping[str, str], again: Path, lock: Lock, device: torch.device | None
+    target: str,
+    folder: Path,
+    published: Mapping[str, str],
+    again: Path,
+    made: Mapping[str, str],
+    lock: Lock,
+    device: torch.device | None,
 ) -> Verification:
-    """What differs; `published` has the hashes of `folder`, `device` is the lock's, None where it is not here."""
+    """What differs; `published` and `made` have the hashes of `folder` and `again`, `device` is the lock's or None."""
     here = environment(device or torch.device("cpu"))
     note = None if device else f"merged on {lock.environment['device']}, here on the CPU: equivalent at best"
     apart = {
@@ -241,7 +242,7 @@ def _compared(
         for name in sorted(lock.environment.keys() | here.keys())
         if lock.environment.get(name) != here.get(name)
     }
-    reasons, made = _other_settings(folder, again), own_hashes(again)
+    reasons = _other_settings(folder, again)
     other = [name for name in OWN_NAMES if published.get(name) != made.get(name)]
     if CORE_NAME not in published:
         other = [name for name in other if name != CORE_NAME]
