@@ -212,9 +212,10 @@ def _names(ref: AdapterRef) -> list[str]:
 
 
 def _matching(entries: Iterable[str], names: Iterable[str]) -> str | None:
-    """The first entry that is, or matches, one of the names."""
+    """The first entry that is, or matches, one of the names; `./b` and `../b` are paths, and nobody is called so."""
     names = list(names)
-    forms = {entry: entry.removeprefix("./").rstrip("/") for entry in entries}  # a shell completes folders with a slash
+    called = [entry for entry in entries if not entry.startswith(("./", "../"))]
+    forms = {entry: entry.rstrip("/") for entry in called}  # a shell completes folders with a slash
     fits = (e for e, form in forms.items() if any(form == name or fnmatchcase(name, form) for name in names))
     return next(fits, None)
 

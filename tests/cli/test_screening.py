@@ -281,6 +281,24 @@ def test_an_exclusion_may_be_a_path_a_client_id_or_a_pattern(lora_merge: Run) ->
 
 
 @pytest.mark.usefixtures("four")
+def test_an_exclusion_that_is_a_path_means_no_other_folder_of_that_name_and_no_client_id(
+    lora_merge: Run, tmp_path: Path
+) -> None:
+    statement = tmp_path / "c" / "lora_merge.json"
+    statement.write_text(statement.read_text().replace("org/c", "d"))
+    client(tmp_path / "e" / "d", seed=7)
+    (tmp_path / "e" / "d" / "lora_merge.json").write_text(statement.read_text().replace('"d"', '"org/e"'))
+    run = ("aggregate", "[abc]", "./e/d", "-o", "global", "--force")
+    for entry in ("./d", "./[d]", "../*/d"):
+        code, _, err = lora_merge(*run, "--exclude", entry)
+        assert (code, err) == (2, f"error: --exclude {entry} is none of the sources or client ids.\n")
+        assert lora_merge(*run, "d", "--exclude", entry)[0] == 0
+        assert list(weights()) == ["d", "org/a", "org/b", "org/e"]
+    assert lora_merge(*run, "--exclude", "./e/d")[0] == 0
+    assert list(weights()) == ["d", "org/a", "org/b"]
+
+
+@pytest.mark.usefixtures("four")
 def test_a_record_of_who_is_excluded_by_a_path_does_not_hold_it(lora_merge: Run, tmp_path: Path) -> None:
     for entry in (f"{tmp_path}/d", f"file://{tmp_path}/d", f"{tmp_path}/[d]"):
         assert lora_merge("aggregate", "[abcd]", "-o", "global", "--force", "--exclude", entry)[0] == 0
