@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lora_merge.evaluation.comparison import Comparison, Question
     from lora_merge.evaluation.intervals import Estimate
+    from lora_merge.sources.listing import Listing
 LARGE = 1e7
 SHOWN_LINES = 6  # of an answer; --json has all
 
@@ -76,7 +77,7 @@ def evaluate(
             _check_output(output, [*adapters, base, data], force)
         if any(not each.strip() for each in prompt or ()):
             raise UsageError("--prompt holds nothing to answer.")
-        _require_inputs(base, adapters, data, device, out)
+        listed = _require_inputs(base, adapters, data, device, out)
         from lora_merge.evaluation.comparison import Question, compare
 
         question = Question(
@@ -95,7 +96,11 @@ def evaluate(
             max_wait=max_wait,
         )
         comparison = compare(
-            question, progress=lambda name, rows: out.progress(name, rows, "rows"), tell=out.say, warn=out.warn
+            question,
+            progress=lambda name, rows: out.progress(name, rows, "rows"),
+            tell=out.say,
+            warn=out.warn,
+            listed=listed,
         )
         record = record_of(question, comparison)
         made = [f"{model['name']} {model['loss']['value']:.4f}" for model in record["models"]]
@@ -109,8 +114,12 @@ def evaluate(
         out.result(record, made=str(output) if output else made, show=lambda: drawn(record))
 
 
-def _require_inputs(base: str, adapters: list[str], data: str, device: str, out: Output) -> None:
-    """Raise where one of them is plainly not there: here that takes no seconds of imports."""
+def _require_inputs(base: str, adapters: list[str], data: str, device: str, out: Output) -> "Listing | None":
+    """Raise where one of them is plainly not there: here that takes no seconds of imports.
+
+    Returns:
+        What the Hub lists of the base, where it was asked.
+    """
     from lora_merge.environment import device_kind
     from lora_merge.sources.base_models import require_model
     from lora_merge.sources.rooms import open_rooms
@@ -120,7 +129,7 @@ def _require_inputs(base: str, adapters: list[str], data: str, device: str, out:
     check_data(data)
     with open_rooms() as rooms:
         rooms.expand([each for each in adapters if rooms.kind(each) == "folder"])
-    require_model(base, out.say)
+    return require_model(base, out.say)
 
 
 def _check_output(path: Path, inputs: list[str], force: bool) -> None:

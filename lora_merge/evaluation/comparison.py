@@ -20,6 +20,7 @@ from lora_merge.evaluation.intervals import Estimate, Losses, bootstrap
 from lora_merge.evaluation.models import Opened, attach, is_global, load_base, open_adapters
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.base_models import find_model
+from lora_merge.sources.listing import Listing
 from lora_merge.training.base_model import load_tokenizer, positions
 from lora_merge.training.data import read_rows
 
@@ -94,9 +95,17 @@ class Comparison:
 
 
 def compare(
-    question: Question, *, progress: Progress, tell: Callable[[str], None], warn: Callable[[str], None]
+    question: Question,
+    *,
+    progress: Progress,
+    tell: Callable[[str], None],
+    warn: Callable[[str], None],
+    listed: Listing | None = None,
 ) -> Comparison:
     """Measure the base and each adapter on the same held-out rows, and have each answer the prompts.
+
+    Args:
+        listed: what the Hub has said is there of the base, where it was asked already.
 
     Raises:
         NotFoundError: the data, the base or an adapter folder is not there.
@@ -108,7 +117,7 @@ def compare(
     rows = read_rows(question.data)
     with open_adapters(question.adapters, tell=tell, max_wait=question.max_wait) as opened:
         adapters = [each.adapter for each in opened]
-        found = find_model(question.base, tell, max_wait=question.max_wait)
+        found = find_model(question.base, tell, max_wait=question.max_wait, listed=listed)
         require_belonging(found, adapters, warn)
         tokenizer = load_tokenizer(found)
         form = question.prompt_form or stated_prompt_form(adapters)

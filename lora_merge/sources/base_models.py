@@ -15,7 +15,7 @@ from lora_merge.errors import NetworkError, NotFoundError, UsageError, one_line
 from lora_merge.hub.session import hub_session, interrupt, is_offline
 from lora_merge.hub.waiting import MAX_WAIT
 from lora_merge.sources.hub_cache import cached_entry, fetch_file, hash_problem, remove_leftovers
-from lora_merge.sources.listing import COMMIT, fetched, listing
+from lora_merge.sources.listing import COMMIT, Listing, fetched, listing
 from lora_merge.sources.local import nor_a_folder
 from lora_merge.sources.parallel import for_each
 from lora_merge.sources.reference import Advance, FileEntry, Tell
@@ -41,27 +41,31 @@ class FoundBase:
         return BaseModel(self.repo, self.commit, weights_sha256(self.folder))
 
 
-def find_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> FoundBase:
+def find_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT, listed: Listing | None = None) -> FoundBase:
     """The base model in the folder `base`, else of that repository id; as `model_in` and `model_of`."""
     if _names_folder(base):
         return model_in(Path(base), base)
     try:
-        return model_of(base, None, tell, max_wait=max_wait)
+        return model_of(base, None, tell, max_wait=max_wait, listed=listed)
     except (NetworkError, NotFoundError) as error:
         raise nor_a_folder([base], error) from error
 
 
-def require_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> None:
-    """Raise what `find_model` would, where it shows before anything is downloaded, or read from the cache."""
+def require_model(base: str, tell: Tell, *, max_wait: float = MAX_WAIT) -> Listing | None:
+    """Raise what `find_model` would, where it shows before anything is downloaded, or read from the cache.
+
+    Returns:
+        What the Hub lists, where it was asked: `find_model` need not ask again.
+    """
     if _names_folder(base):
         model_in(Path(base), base)
-        return
+        return None
     try:
         if is_offline():
             _in_cache(base, None, _OFFLINE)
-            return
+            return None
         with _of_a_base(), hub_session(max_wait, tell) as api:
-            listing(api, base, None)
+            return listing(api, base, None)
     except (NetworkError, NotFoundError) as error:
         raise nor_a_folder([base], error) from error
 
@@ -82,11 +86,16 @@ def model_in(folder: Path, repo: str) -> FoundBase:
     return _sound(FoundBase(repo, folder, None))
 
 
-def model_of(repo: str, revision: str | None, tell: Tell, *, max_wait: float = MAX_WAIT) -> FoundBase:
+def model_of(
+    repo: str, revision: str | None, tell: Tell, *, max_wait: float = MAX_WAIT, listed: Listing | None = None
+) -> FoundBase:
     """The model of a repository at the commit that `revision` (None is the main branch) is at, in the cache.
 
     A commit that is wholly in the cache will do where the Hub cannot be reached; under HF_HUB_OFFLINE, so will the
     branch as the cache last saw it.
+
+    Args:
+        listed: what the Hub has said is there, where it was asked already.
 
     Raises:
         NotFoundError: there is no such repository or revision, or it may not be read.
@@ -98,7 +107,7 @@ def model_of(repo: str, revision: str | None, tell: Tell, *, max_wait: float = M
         return _cached(repo, revision, tell, _OFFLINE)
     with _of_a_base():
         try:
-            return _sound(_downloaded(repo, revision, tell, max_wait))
+            return _sound(_downloaded(repo, revision, tell, max_wait, listed))
         except NetworkError as error:
             if not COMMIT.fullmatch(revision or ""):
                 raise
@@ -118,9 +127,9 @@ def _of_a_base() -> Iterator[None]:
         raise NotFoundError(f"Base model: {error.message}", hint=hint) from error
 
 
-def _downloaded(repo: str, revision: str | None, tell: Tell, max_wait: float) -> FoundBase:
+def _downloaded(repo: str, revision: str | None, tell: Tell, max_wait: float, listed: Listing | None) -> FoundBase:
     with hub_session(max_wait, tell) as api:
-        commit, files = listing(api, repo, revision)
+        commit, files = listed or listing(api, repo, revision)
         remove_leftovers(repo)
         wanted = _wanted(repo, commit, files)
         size = sum(file.size for file in wanted)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import TypeAlias
 
 from huggingface_hub import HfApi
 
@@ -13,10 +14,12 @@ from lora_merge.sources.reference import FileEntry
 
 MAX_BYTES = 1 << 24
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# A commit, and every file there by name.
+Listing: TypeAlias = tuple[str, dict[str, FileEntry]]
 
 
-def listing(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, FileEntry]]:
-    """The commit that `revision` is at, and every file there by name; one call."""
+def listing(api: HfApi, repo: str, revision: str | None) -> Listing:
+    """What is at the commit that `revision` is at; one call."""
     with asking(repo):
         info = api.model_info(repo, revision=revision, files_metadata=True)
         files = {

@@ -45,6 +45,18 @@ def test_a_base_and_a_global_of_the_hub_are_exported(hub: LocalHub, run: Run, ba
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_the_hub_is_asked_for_the_base_once(
+    hub: LocalHub, run: Run, base: Path, adapters: tuple[Path, ...], held_out: Path
+) -> None:
+    hub.create("org/base", {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()})
+    given = ("--base", "org/base", "--data", str(held_out), "--device", "cpu", "--json")
+    code, out, err = run("evaluate", str(adapters[0]), *given)
+    assert code == 0, err
+    _, folders, _ = run("evaluate", str(adapters[0]), *given, "--base", str(base))
+    assert json.loads(out)["models"] == json.loads(folders)["models"]
+    assert len(hub.calls("GET /api/models/org/base*")) == 1
+
+
 def test_a_repository_that_is_not_there_is_said(run: Run, base: Path, held_out: Path) -> None:
     code, _, err = run("evaluate", "org/none", "--base", str(base), "--data", str(held_out))
     assert code == 4
