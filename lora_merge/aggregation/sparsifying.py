@@ -99,8 +99,9 @@ def _least_kept(module: Module, density: float) -> dict[tuple[str, int], Tensor]
         for block in range(module.spec.blocks):
             values = target.dense(update, share.spec.scaling, block, slice(None))
             least[share.client, block] = _kth_largest(values, density)
-        bias = torch.zeros(1).to(update.B) if update.bias is None else update.bias * share.spec.scaling
-        least[share.client, -1] = _kth_largest(bias, density)
+    if module.bias:  # to the bit those that are held against it: the smallest one kept may be the only one
+        for share, bias in zip(module.shares, target.biases(module, {}), strict=True):
+            least[share.client, -1] = _kth_largest(bias, density)
     return least
 
 

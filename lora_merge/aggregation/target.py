@@ -79,7 +79,7 @@ def form(module: Module, combine: Combine, scales: Mapping[str, float] | None = 
     M = torch.cat(parts).reshape(spec.blocks, spec.d_out, spec.d_in)
     bias = None
     if module.bias:
-        values = _biases(module, scales)[:, None, :]
+        values = biases(module, scales)[:, None, :]
         bias = combine(values, 0, BIAS)[0]
         error, norm = _plus((error, norm), _from_mean(module, scales, values, bias[None]))
     alpha = module.alpha
@@ -108,7 +108,7 @@ def _rows(share: Share, scales: Mapping[str, float], block: int, rows: slice) ->
     return dense(share.read(), share.spec.scaling * scales.get(share.client, 1.0), block, rows)
 
 
-def _biases(module: Module, scales: Mapping[str, float]) -> Tensor:
+def biases(module: Module, scales: Mapping[str, float]) -> Tensor:
     """s_i b_i times `scales` of each client, m x size; zero where it has none."""
     spec = module.spec
     size = spec.d_out * (spec.blocks if spec.layout == "conv" else 1)

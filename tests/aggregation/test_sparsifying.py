@@ -113,6 +113,17 @@ def test_the_biases_of_lora_b_are_merged_the_same_way(method: str) -> None:
     assert torch.allclose(found.bias.double(), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
+def test_ties_keeps_the_largest_entries_of_a_bias_of_any_scaling(density: float) -> None:
+    for seed in range(20):
+        bias = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+        one = replace(update(seed, scaling=(1 + seed) / 6**0.5), bias=bias)
+        found = METHODS["ties"].plan(module([one, update(50)]), Options(rank=3, density=density)).merge()
+        dense = torch.stack([one.scaling * bias.double(), torch.zeros(12)])
+        assert found.bias is not None
+        assert torch.allclose(found.bias.double(), ties_twin(dense, [1.0, 1.0], density), atol=1e-6)
+
+
 @each_method
 def test_the_same_seed_gives_the_same_bytes_by_any_workers_and_order_and_another_seed_of_dare_others(
     method: str, plain: tuple[Path, ...], tmp_path: Path
