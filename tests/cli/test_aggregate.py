@@ -1,5 +1,6 @@
 """`lora-merge aggregate` as a user sees it: exit codes, what goes to stdout, `--json`, and what it leaves behind."""
 
+import fcntl
 import json
 import os
 import re
@@ -388,6 +389,22 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(tmp_path: Path) -> None:
         "hint: Run the same command again: what is whole is not downloaded again.",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+@pytest.mark.usefixtures("two")
+def test_the_wait_for_another_programs_lock_is_said_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    theirs = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(theirs, fcntl.LOCK_EX)
+    command = [*CONSOLE_SCRIPT, "aggregate", "a", "b", "-o", "global"]
+    try:
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            assert waiting.stderr.readline() == f"Waiting for another program that has {tmp_path} locked.\n"
+            waiting.send_signal(signal.SIGINT)
+            assert waiting.wait(timeout=10) == 130
+    finally:
+        os.close(theirs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 @pytest.mark.usefixtures("two")
