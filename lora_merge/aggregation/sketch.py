@@ -1,9 +1,9 @@
 """What is kept of each update while a merge reads it anyway: its norm, and a sketch by which copies are found.
 
-A sketch of delta_w is U delta_w V^T for seeded random signs U and V, four rows each. It costs little, does not depend
-on how delta_w is factored, and the inner products of sketches estimate those of the updates without bias. Norms are
-exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). Values that were trained whole, DoRA's magnitudes too, are sized by
-`lora_merge.aggregation.apart`.
+A sketch of delta_w is U delta_w V^T for seeded random signs U and V, four rows each, the bias of lora_B being one
+column more. It costs little, does not depend on how delta_w is factored, and the inner products of sketches estimate
+those of the updates, right on average. Norms are exact: |s B A|^2 = s^2 sum((B^T B) * (A A^T)). Values that were
+trained whole, DoRA's magnitudes too, are sized by `lora_merge.aggregation.apart`.
 """
 
 import math
@@ -61,11 +61,15 @@ class Sketched:
 
 
 def sketch_of(update: Factors) -> Tensor:
-    """The squared norm of s B A with its bias of lora_B, and the sketch of s B A; in O(r (r + 4) (d_in + d_out))."""
+    """The squared norm and the sketch of s B A with its bias of lora_B; in O(r (r + 4) (d_in + d_out))."""
     A, B = update.A, update.B  # E x r x d_in, E x d_out x r
     U, V = _signs_of(update)
     square = update.scaling**2 * float(((B.mT @ B).double() * (A @ A.mT).double()).sum())
-    values = ((U @ B) @ (A @ V.mT)).sum(dim=0).reshape(-1).double().cpu()
+    values = ((U @ B) @ (A @ V.mT)).sum(dim=0)
+    if update.bias is not None:
+        column = update.bias.reshape(-1, B.shape[1], 1)
+        values += (U[: len(column)] @ column).sum(dim=0) @ _signs(ROWS, 1, 2).mT
+    values = values.reshape(-1).double().cpu()
     if update.bias is not None or not 0 < square < math.inf:  # fp32 ends where honest updates never are
         square = inner_products.squared_norm(update)
     found = max(0.0, square) if math.isfinite(square) else math.inf

@@ -78,6 +78,22 @@ def test_scaled_and_rotated_copies_are_found_and_others_are_not() -> None:
     assert 0.999 < found["a", "c"] < 1
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_bias_of_lora_b_is_a_column_of_the_sketch(blocks: int) -> None:
+    names, size = [f"module.{index}" for index in range(20)], blocks * 12
+    biases = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+
+    def client(first: int, own: int, times: float) -> Sketched:
+        each = {name: update(first + seed, blocks=blocks) for seed, name in enumerate(names)}
+        return sketched(Plain({n: replace(u, bias=times * biases[own + i]) for i, (n, u) in enumerate(each.items())}))
+
+    payload = {"a": client(0, 0, 1e3), "b": client(100, 0, 1e3)}  # all of what they do is one bias
+    assert cosines(payload, above=0.99) == {("a", "b"): pytest.approx(1, abs=1e-3)}
+    apart = {"a": client(0, 0, 1e3), "b": client(0, 20, 1e3)}  # nothing of it is
+    assert cosines(apart, above=0.5) == {}
+    assert cosines({"a": client(0, 0, 1e-3), "b": client(0, 20, 1e-3)}, above=0.99) == {("a", "b"): pytest.approx(1)}
+
+
 def test_the_sketched_cosine_is_near_the_true_one() -> None:
     names = [f"module.{index}" for index in range(50)]
     first = Plain({name: update(seed) for seed, name in enumerate(names)})
