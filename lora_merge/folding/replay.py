@@ -31,7 +31,7 @@ def replay(
     """
     first, *later = lock.folded or [[entry.client_id for entry in lock.inputs]]
     n = {entry.client_id: entry.weight for entry in lock.inputs}
-    sources = {client: _source(ref) for client, ref in refs.items()}
+    sources = {client: ref.itself for client, ref in refs.items()}
     weights = {str(sources[client]): n[client] for client in n}
 
     def of(group: Sequence[str]) -> tuple[list[str | Path], dict[str, float]]:
@@ -65,10 +65,3 @@ def replay(
         measured = certificate if number == len(later) else "off"
         how = How({}, given, base, device, certificate=measured, workers=workers, pinned=False)
         fold_folder(named, Located(target, str(target)), target, (), how, reading)
-
-
-def _source(ref: AdapterRef) -> str | Path:
-    """What names the adapter at `ref` again, for certain."""
-    if ref.commit:
-        return f"hf://{ref.place}@{ref.commit}"
-    return ref.place if "://" in ref.place else Path(ref.place)

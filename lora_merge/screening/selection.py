@@ -11,6 +11,7 @@ from lora_merge.errors import NotFoundError, Problem, RefusedError, UsageError, 
 from lora_merge.ledger import LeftOut
 from lora_merge.screening.stops import Screening
 from lora_merge.sources.addresses import Entry, addresses_of
+from lora_merge.sources.filesystems import told
 from lora_merge.sources.reference import AdapterRef, Candidate
 
 LONGEST_REASON = 400  # characters; a ledger takes short texts
@@ -166,7 +167,7 @@ def require_exclusions_used(
 ) -> None:
     """Raise `UsageError` for an exclusion that excludes nobody: a slip there would let somebody in."""
     for entry in unused_exclusions(refs, candidates, exclude, known):
-        raise UsageError(f"--exclude {one_line(entry)} is none of the sources or client ids.")
+        raise UsageError(f"--exclude {told(entry)} is none of the sources or client ids.")
 
 
 def client_id(candidate: Candidate) -> str:

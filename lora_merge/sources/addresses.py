@@ -34,7 +34,10 @@ class Entry:
         self._spelled = whole_path(path)
         self._addresses = _addresses(text)
         self._is_pattern = is_pattern(path)
-        self.recorded = "its path" if path.startswith(("/", "~")) else text  # a record holds no whole path
+        # A record holds no whole path, and of a URL nothing that lets one in.
+        self.recorded = "its path" if path.startswith(("/", "~")) else text
+        if _is_url(text):
+            [self.recorded] = self._addresses
 
     def means(self, addresses: frozenset[str]) -> bool:
         """Whether it names the adapter at `addresses`."""
@@ -56,10 +59,15 @@ def _addresses(text: str) -> frozenset[str]:
         from lora_merge.sources.hub import bare  # half a second that other lists need not wait
 
         return frozenset((f"hf://{bare(text).rstrip('/')}",))
-    if "://" in text and not text.startswith(HERE):
+    if _is_url(text):
         return frozenset((url_of(text),))
     repository = {f"hf://{text}"} if ON_THE_HUB.fullmatch(text) else set()
     return whole_paths(text) | repository
+
+
+def _is_url(text: str) -> bool:
+    """Whether fsspec is to read it."""
+    return "://" in text and not text.startswith(HERE) and not is_on_the_hub(text)
 
 
 def _fits(pattern: Sequence[str], parts: Sequence[str]) -> bool:

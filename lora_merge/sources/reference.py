@@ -24,6 +24,7 @@ class AdapterRef:
         place: what its room finds it by: the repository, the folder's path, the URL.
         commit: 40 hex digits; None where the place has no commits.
         room: who can read it.
+        url: of a URL, all of it, with what lets one in; it is neither told nor recorded.
     """
 
     source: str
@@ -31,6 +32,14 @@ class AdapterRef:
     place: str
     commit: str | None = None
     room: "Room" = field(repr=False, compare=False, kw_only=True)
+    url: str = field(default="", repr=False, compare=False, kw_only=True)
+
+    @property
+    def itself(self) -> str | Path:
+        """The source that names just this adapter, at this commit."""
+        if self.commit:
+            return f"hf://{self.place}@{self.commit}"
+        return self.url or Path(self.place)
 
 
 @dataclass(frozen=True)

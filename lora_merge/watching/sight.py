@@ -134,13 +134,6 @@ def is_in(ref: AdapterRef, same: Sequence[Contribution], hashes: Mapping[str, st
     return any(dict(each.sha256) == dict(hashes or {}) for each in same)
 
 
-def name_for_fold(ref: AdapterRef) -> str | Path:
-    """The source that names just this adapter, at this commit."""
-    if ref.commit:
-        return f"hf://{ref.place}@{ref.commit}"
-    return ref.place if "://" in ref.place else Path(ref.place)
-
-
 def _hashes(ref: AdapterRef, rooms: Rooms, reading: Reading) -> Mapping[str, str] | None:
     try:
         [folder] = rooms.fetch(rooms.examine([ref]), reading.progress)

@@ -25,6 +25,7 @@ from lora_merge.options import merge_settings, require_sound
 from lora_merge.screening.selection import Lists, Selection, by_client_id, listed, lists_of, unused_exclusions
 from lora_merge.screening.stops import Screening
 from lora_merge.screening.weighing import cap_in
+from lora_merge.sources.filesystems import told
 from lora_merge.sources.reference import AdapterRef, Candidate
 from lora_merge.sources.rooms import Rooms, open_rooms
 from lora_merge.watching.events import Arrival, Event, Refusal, Started, Stopped
@@ -35,7 +36,6 @@ from lora_merge.watching.sight import (
     Place,
     global_now,
     is_in,
-    name_for_fold,
     of_same_source,
     sighted,
 )
@@ -219,7 +219,9 @@ class Watcher:
         """Of exclusions: one that is misspelled keeps nobody out, and one of somebody who comes later is right."""
         known = [name for each in now.contributions for name in (each.client_id, each.source)]
         for entry in unused_exclusions(refs, seen, self.screening.exclude, known):
-            self.reading.tell(f"--exclude {one_line(entry)} is nobody who is here yet. Whoever comes by it stays out.")
+            self.reading.tell(
+                f"--exclude {one_line(told(entry))} is nobody who is here yet. Whoever comes by it stays out."
+            )
 
     def _hashes(self, ref: AdapterRef, version: str, rooms: Rooms) -> Mapping[str, str] | None:
         return None if ref.commit else self.hashes.of(ref, version, rooms, self.reading)
@@ -278,7 +280,7 @@ class Watcher:
 
     def _folded_alone_or_with_files(self, ref: AdapterRef) -> Fold:
         """Fold one; where that needs the files of those that are in, with those of them that lie at hand."""
-        name, files = name_for_fold(ref), [name_for_fold(each) for each in self.at_hand]
+        name, files = ref.itself, [each.itself for each in self.at_hand]
         if not self.with_files:
             try:
                 return self._folded([name])

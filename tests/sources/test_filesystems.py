@@ -1,23 +1,32 @@
 """Adapters behind fsspec's URLs, and what kind of place a source names."""
 
 import base64
+import contextlib
+import math
+import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lora_merge.errors import NetworkError, NotFoundError, RefusedError, UsageError
 from lora_merge.folding.onto import fold
+from lora_merge.intake import Reading
 from lora_merge.pipeline import aggregate
 from lora_merge.screening.stops import Screening
 from lora_merge.sources.filesystems import FilesystemRoom, told
 from lora_merge.sources.reference import Advance, Candidate
+from lora_merge.verify import verify
+from lora_merge.watching.events import Arrival
+from lora_merge.watching.watch import watch
 from tests.conftest import digests
 from tests.sources.federation import adapter, write
 
@@ -134,6 +143,148 @@ def test_a_web_server_gives_the_bytes_that_folders_give_and_no_record_its_passwo
         aggregate([f"{public}/a"], tmp_path / "no")
 
 
+class Sorted(Web):
+    """One whose pages have more links than those to what is in a folder."""
+
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        names = [f"{each.name}/" if each.is_dir() else each.name for each in Path(path).iterdir()]
+        links = ["../", "/", "?C=N;O=D", "../b/", "http://127.0.0.1:1/evil/", "//127.0.0.1:1/evil/", "%2e%2e/", *names]
+        self.page("".join(f"<A class=x HREF='{link}'>" for link in links).encode())
+
+    def page(self, text: bytes, repeated: float = 1, pause: float = 0) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while repeated > 0:
+                self.wfile.write(text)
+                repeated -= 1
+                time.sleep(pause)
+
+
+class EndlessPage(Sorted):
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        self.page(b"<a " * 20_000, math.inf)
+
+
+class SlowPage(Sorted):
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        self.page(b"<a ", 100, 0.1)
+
+
+class TanglingPage(Sorted):
+    """What fsspec's own expressions take hours for."""
+
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        self.page(b"<a " * 300_000)
+
+
+class SlowFile(Web):
+    def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:  # type: ignore[override]
+        while self.path.endswith("config.json") and (byte := source.read(1)):
+            outputfile.write(byte)
+            time.sleep(0.1)
+        super().copyfile(source, outputfile)
+
+
+class Stalling(Web):
+    def do_GET(self) -> None:
+        time.sleep(5 * self.path.endswith("config.json"))
+        super().do_GET()
+
+
+class NoPages(Web):
+    status = 404
+
+    def list_directory(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
+        self.send_error(self.status)
+
+
+class Forbidden(NoPages):
+    status = 403
+
+
+class Busy(Web):
+    """One that is busy whenever it is asked for a statement, which a client's adapter may also lack."""
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        self.send_error(503) if self.path.endswith("lora_merge.json") else super()._answer(answer)
+
+
+class NoSizes(Web):
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Content-Length":
+            super().send_header(keyword, value)
+
+
+def test_of_a_web_page_only_what_is_in_its_folder_is_taken(serve: Callable[[type[Web]], str], tmp_path: Path) -> None:
+    address = serve(Sorted)
+    made = aggregate([f"{address}/*"], tmp_path / "global")
+    assert [each.source.rpartition("/")[2] for each in made.ledger.contributions] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("server", "error", "said"),
+    [
+        (EndlessPage, NetworkError, "sends more than 33554432 bytes at once"),
+        (TanglingPage, NotFoundError, r"No folder matches http://127.0.0.1:\d+/a\."),
+        (SlowPage, NetworkError, "sends too slowly"),
+        (SlowFile, NetworkError, "sends too slowly"),
+        (Stalling, NetworkError, "[Tt]imeout"),
+        (NoPages, NotFoundError, r"No folder matches http://127.0.0.1:\d+/a\."),
+        (Forbidden, NotFoundError, "you may not read it: 403, message='Forbidden'"),
+        (Busy, NetworkError, "503, message='Service Unavailable'"),
+        (NoSizes, RefusedError, "adapter_config.json: is of a size that is not told before it is read"),
+    ],
+)
+def test_a_web_server_that_does_not_do_is_said_and_waited_for_no_longer_than_a_limit(
+    server: type[Web],
+    error: type[Exception],
+    said: str,
+    serve: Callable[[type[Web]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora_merge.sources.deadline.SECONDS", 0.5)
+    monkeypatch.setattr("lora_merge.sources.web.STALLED", 0.5)
+    began = time.monotonic()
+    with pytest.raises(error, match=said):
+        aggregate([f"{serve(server)}/a"], tmp_path / "global")
+    assert time.monotonic() - began < 4
+    assert not (tmp_path / "global").exists()
+
+
+def test_a_password_lets_verify_and_a_watch_in_again_and_no_line_tells_it(
+    serve: Callable[[type[Web]], str], folders: list[Path], tmp_path: Path
+) -> None:
+    address, lines = serve(Web), list[str]()
+    reading = Reading(tell=lines.append)
+    sources, kept_out = [f"{address}/*"], Screening(exclude=[f"{address}/a", f"{address}/nobody"])
+    events = list(watch(sources, tmp_path / "global", until=1, screening=kept_out, reading=reading))
+    aggregate([f"{address}/a"], tmp_path / "global", force=True)
+    events += watch(sources, tmp_path / "global", until=2, reading=reading)
+    assert verify(tmp_path / "global", sources, reading=reading).verdict == "identical"
+    new = iter([write(tmp_path / "new", adapter("org/a", seed=7, num_examples=30))])
+
+    for path in (tmp_path / "new").iterdir():
+        os.utime(path, (path.stat().st_mtime + 2,) * 2)  # a server tells whole seconds
+
+    def replaced(seconds: float) -> None:
+        shutil.rmtree(folders[0])
+        next(new).rename(folders[0])
+
+    later = watch(sources, tmp_path / "global", reading=reading, wait=replaced)
+    events.append(next(event for event in later if isinstance(event, Arrival)))
+    assert [event.replaced for event in events if isinstance(event, Arrival)] == [False, False, True]
+    with pytest.raises(UsageError, match="nobody is none of the sources") as caught:
+        aggregate(sources, tmp_path / "no", screening=kept_out)
+    assert "hunter2" not in repr((events, lines, caught.value.message))
+    made = aggregate(sources, tmp_path / "one", screening=Screening(exclude=[f"{address}/a"]))
+    assert [each.reason for each in made.ledger.left_out] == [f"excluded by {address.replace('me:hunter2@', '')}/a"]
+    for path in [*(tmp_path / "global").iterdir(), *(tmp_path / "one").iterdir()]:
+        assert b"hunter2" not in path.read_bytes()
+
+
 def test_a_web_server_that_sends_without_end_is_refused(serve: Callable[[type[Web]], str], tmp_path: Path) -> None:
     address = serve(Endless)
     with pytest.raises(RefusedError):
@@ -147,13 +298,48 @@ def test_a_folder_in_an_archive_is_told_by_the_archives_name(folders: list[Path]
     weights = "adapter_model.safetensors"
     assert digests(tmp_path / "global")[weights] == digests(tmp_path / "local")[weights]
     assert [each.source for each in made.ledger.contributions] == ["zip://a::all.zip", "zip://b::all.zip"]
-    assert str(tmp_path) not in (tmp_path / "global" / "lora-merge.lock").read_text(), "a record holds no path"
+    without = aggregate([f"zip://*::{archive}"], tmp_path / "one", screening=Screening(exclude=[f"zip://a::{archive}"]))
+    assert [each.reason for each in without.ledger.left_out] == ["excluded by zip://a::all.zip"]
+    list(watch([f"zip://*::{archive}"], tmp_path / "one", until=2))
+    assert verify(tmp_path / "one", [f"zip://*::{archive}"]).verdict == "identical"
+    for path in [*(tmp_path / "global").iterdir(), *(tmp_path / "one").iterdir()]:
+        assert str(tmp_path).encode() not in path.read_bytes(), "a record holds no path"
+
+
+class OneConnection(MemoryFileSystem):
+    """A file system that answers one question at a time, as FTP does."""
+
+    protocol = "one"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    asked = threading.Lock()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("one://")))
+
+    def _open(self, *arguments: Any, **options: Any) -> Any:
+        assert self.asked.acquire(blocking=False), "two at once"
+        time.sleep(0.02)
+        self.asked.release()
+        return super()._open(*arguments, **options)
+
+
+def test_a_file_system_of_one_connection_is_asked_one_thing_at_a_time(tmp_path: Path) -> None:
+    fsspec.register_implementation("one", OneConnection, clobber=True)
+    for i in range(8):
+        for file, content in adapter(f"org/{i}", num_examples=10, seed=i).items():
+            OneConnection().pipe_file(f"/clients/{i}/{file}", content)
+    assert len(aggregate(["one://clients/*"], tmp_path / "global").ledger.contributions) == 8
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("ftp://me:hunter2@host:21/a", "ftp://host:21/a"),
+        ("ftp://me:hun@ter2@host:21/a", "ftp://host:21/a"),
+        ("https://ghp_hunter2@host/a", "https://host/a"),
+        ("sftp://me@host/a", "sftp://me@host/a"),
         ("404 of https://me:hunter2@host/a?sig=abc, sorry", "404 of https://host/a sorry"),
         ("zip://a::https://host/b.zip?X-Amz-Signature=abc", "zip://a::https://host/b.zip"),
         ("github://org:repo@main/a", "github://org:repo@main/a"),
