@@ -16,17 +16,19 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
 from huggingface_hub.utils._xet import abort_xet_session
 
 from lora_merge import __version__
-from lora_merge.hub.client import HubClient
+from lora_merge.hub.client import LEAST_SECONDS, HubClient
 from lora_merge.hub.waiting import MAX_WAIT, Patience, Tell, waiting_at_most
 
 # Xet has a client of its own, which would wait five minutes for a byte, and hold 1.5 GB of them; whatever a server asks
 # it to wait, it tries by its own times. It reads these from the environment when its first transfer begins; what the
 # user has set there stays.
+XET_READ = "HF_XET_CLIENT_READ_TIMEOUT"
 XET_TRIES = "HF_XET_CLIENT_RETRY_MAX_DURATION"
+XET_READS = 6  # so often it waits for an answer that does not come
 XET_OVERRUNS = 3  # it looks at that time before its pauses, which grow, and not during them
 XET_SETTINGS = {
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "10s",
-    "HF_XET_CLIENT_READ_TIMEOUT": "30s",
+    XET_READ: "30s",
     XET_TRIES: "60s",
     "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": "256mb",
     "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": "256mb",
@@ -73,6 +75,8 @@ def _waiting_with(patience: Patience) -> Iterator[None]:
 def _xet_settings(seconds: float) -> Iterator[None]:
     """Xet's settings in the environment; its own tries are shorter where less time than they take may be waited."""
     tries = {XET_TRIES: f"{max(seconds / XET_OVERRUNS, 1):.0f}s"} if seconds < seconds_of_xet_tries() else {}
+    if seconds < XET_READS * _seconds(XET_READ):
+        tries[XET_READ] = f"{max(seconds / XET_READS, LEAST_SECONDS):.0f}s"
     added = {name: value for name, value in {**XET_SETTINGS, **tries}.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -84,7 +88,11 @@ def _xet_settings(seconds: float) -> Iterator[None]:
 
 def seconds_of_xet_tries() -> float:
     """How long Xet tries by itself where a server is busy, which it does not tell; at most."""
-    return XET_OVERRUNS * float(XET_SETTINGS[XET_TRIES].removesuffix("s"))
+    return XET_OVERRUNS * _seconds(XET_TRIES)
+
+
+def _seconds(setting: str) -> float:
+    return float(XET_SETTINGS[setting].removesuffix("s"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from lora_merge.interrupts import leave_to_main
 
 T = TypeVar("T")
 
+_XET_SILENCE = re.compile(r"error sending request for url \(\w+://([^/:)\s]+)")
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b.*?\bdomain: \w+://([^/:\s]+)")
 
 
@@ -39,6 +40,9 @@ def moved(size: int, move: Callable[[], T]) -> T:
         try:
             return within(seconds_for(size), move)
         except (RuntimeError, ConnectionError) as error:
+            if silent := _XET_SILENCE.search(str(error)):  # it has asked often enough, and nothing is damaged
+                session.patience().budget.book(0, f"{silent[1]} does not answer", already=time.monotonic() - began)
+                raise NetworkError(f"{silent[1]} does not answer.", hint="Try again later.") from None
             if (why := _busy(error)) is None:
                 raise
         # Xet has waited for us already; before that it may have moved bytes for long.

@@ -1,5 +1,6 @@
 """A server of Xet that is busy for longer than Xet itself tries: waited for within --max-wait, and said."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +59,17 @@ def test_it_waits_no_longer_than_was_said_and_what_xet_waited_counts(
     code, err = run(process, tmp_path, "aggregate", "org/client-*", "-o", "global", "--max-wait", "1", token=token)
     assert code == 5
     assert err.splitlines()[-2].startswith("error: 127.0.0.1 answers 429; gave up after ")
+
+
+@pytest.mark.parametrize("silent", ["GET /v1/reconstructions/*", "GET /xorbs/*"])
+def test_one_that_stalls_is_not_waited_for_much_longer_than_was_said(
+    hub: LocalHub, running_hub: LocalHub, tmp_path: Path, silent: str
+) -> None:
+    publish(hub, 1, layers=4)
+    token = hub.user("alice")
+    hub.fault(silent, "stall", times=None)
+    with Client({**running_hub.env(cache=tmp_path / "cache"), **BRIEF}) as process:
+        began = time.monotonic()
+        code, err = run(process, tmp_path, "aggregate", "org/client-*", "-o", "global", "--max-wait", "1", token=token)
+    assert time.monotonic() - began < 20  # one try of Xet is 30 s
+    assert (code, "127.0.0.1 does not answer; gave up after " in err) == (5, True), err
