@@ -26,6 +26,7 @@ CHUNK = 1 << 20
 # A password, and on the web whatever stands there; github://org:repo@commit has none.
 _PASSWORD = re.compile(r"(?<!github://)(?<=://)[^/\s]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/\s]*@")
 _QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")  # it may sign the address
+_CACHES = ("simplecache", "filecache", "blockcache")
 _GONE = (401, 403, 404, 410)  # what web servers answer where nothing is, or nothing may be read
 _ABSENT = (FileNotFoundError, PermissionError, NotADirectoryError, error_perm)
 
@@ -65,7 +66,8 @@ class FilesystemRoom:
             NotFoundError: there is none.
             UsageError: fsspec knows no such URL.
         """
-        filesystem, path = _open(source)
+        uncached = _uncached(source)
+        filesystem, path = _open(uncached)
         with _Translated(source):
             filesystem.invalidate_cache()  # of listings, which may be those of an earlier look
             found = [path] if filesystem.isdir(path) else sorted(filter(filesystem.isdir, filesystem.glob(path)))
@@ -80,7 +82,7 @@ class FilesystemRoom:
             if path not in found:
                 found = self._clients(source, filesystem, found)
         alone = nullcontext() if filesystem.async_impl else threading.Lock()
-        urls = {match: _url(source, filesystem, match) for match in found}
+        urls = {match: _url(uncached, filesystem, match) for match in found}
         places = {match: _place(url) for match, url in urls.items()}
         self._folders |= {place: _Folder(filesystem, match, alone) for match, place in places.items()}
         return [
@@ -177,15 +179,26 @@ class FilesystemRoom:
 def url_of(url: str) -> str:
     """`url` as it is told of the folders that it names, be they there or not."""
     try:
-        filesystem, path = _open(url)
+        uncached = _uncached(url)
+        filesystem, path = _open(uncached)
     except LoraMergeError:
         return told(url)
-    return _place(_url(url, filesystem, path))
+    return _place(_url(uncached, filesystem, path))
 
 
 def told(text: str) -> str:
     """`text` without the passwords and signatures of the URLs in it."""
     return _QUERY.sub(r"\1", _PASSWORD.sub("", text))
+
+
+def _uncached(url: str) -> str:
+    """`url` without a cache of fsspec's in front: files are copied once in any case, and its notes hold passwords."""
+    first, _, rest = url.partition("::")
+    if first.removesuffix("://") not in _CACHES:
+        return url
+    if "://" not in rest or rest.startswith(HERE):
+        raise UsageError(f"{told(url)} is on this machine, and needs no cache.", hint="Give the folder itself.")
+    return _uncached(rest)
 
 
 def _url(given: str, filesystem: Any, path: str) -> str:

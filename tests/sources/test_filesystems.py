@@ -136,6 +136,12 @@ def test_a_web_server_gives_the_bytes_that_folders_give_and_no_record_its_passwo
     assert not [path for path in (tmp_path / "global").iterdir() if b"hunter2" in path.read_bytes()]
     only = aggregate([f"{address}/*"], tmp_path / "one", screening=Screening(exclude=[f"{address}/a"]))
     assert [each.client_id for each in only.ledger.contributions] == ["org/b"]
+    cached = aggregate(
+        [f"simplecache::{address}/*"], tmp_path / "cached", screening=Screening(exclude=[f"{address}/a"])
+    )
+    assert [each.source for each in cached.ledger.contributions] == [f"{public}/b"]
+    with pytest.raises(UsageError, match="needs no cache"):
+        aggregate([f"simplecache::file://{folders[0]}"], tmp_path / "no")
     with pytest.raises(NotFoundError) as caught:
         aggregate([f"{address}/none"], tmp_path / "no")
     assert "hunter2" not in str(caught.value)
@@ -289,6 +295,22 @@ def test_a_web_server_that_sends_without_end_is_refused(serve: Callable[[type[We
     address = serve(Endless)
     with pytest.raises(RefusedError):
         aggregate([f"{address}/a"], tmp_path / "global")
+
+
+def test_an_archive_on_the_web_is_read_though_its_server_knows_no_ranges_and_a_signature_is_not_told(
+    serve: Callable[[type[Web]], str], folders: list[Path], tmp_path: Path
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "all"), "zip", folders[0].parent)
+    shutil.move(archive, folders[0].parent)
+    address = serve(Web)
+    url = f"zip://*::simplecache::{address}/all.zip?sig=hunter2"
+    made = aggregate([url], tmp_path / "global")
+    public = address.replace("me:hunter2@", "")
+    assert [each.source for each in made.ledger.contributions] == [
+        f"zip://{name}::simplecache::{public}/all.zip" for name in "ab"
+    ]
+    assert verify(tmp_path / "global", [url]).verdict == "identical"
+    assert not [path for path in (tmp_path / "global").iterdir() if b"hunter2" in path.read_bytes()]
 
 
 def test_a_folder_in_an_archive_is_told_by_the_archives_name(folders: list[Path], tmp_path: Path) -> None:
