@@ -16,7 +16,7 @@ from lora_merge.aggregation.target import BIAS, LARGEST, Target
 
 DENSITY = {"ties": 0.2, "dare": 0.5}  # where the user does not say; that of TIES is its paper's
 NO_MAGNITUDES = "its result has none of the magnitudes that DoRA needs"
-INSTEAD = "--method exact or svd merges DoRA, also with --robust geometric-median."
+INSTEAD = "--method exact or svd merges them, also with --robust geometric-median."
 HEEDED = ("rank", "energy", "seed", "density")
 
 

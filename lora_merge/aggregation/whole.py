@@ -80,8 +80,12 @@ class Value:
             mean = accumulate(mean, self.base().to(mean).reshape(mean.shape), self.rest)
         return mean
 
-    def squared_error(self, written: Tensor) -> tuple[float, float] | None:
-        """|written - mean|^2 and |mean - W0|^2 in fp64; None where W0 is not at hand to tell the update's size."""
+    def squared_error(self, written: Tensor, beside: Tensor | None = None) -> tuple[float, float] | None:
+        """|written - mean|^2 and |mean - W0|^2 in fp64; None where W0 is not at hand to tell the update's size.
+
+        Args:
+            beside: what a low-rank module adds to the tensor, so that the update is mean - W0 + beside.
+        """
         if self.is_untrained:
             return float((written.double() - self.shares[0].read().double()).square().sum()), 0.0
         if self.base is None:
@@ -90,7 +94,8 @@ class Value:
         update = torch.zeros_like(base)
         for share in self.shares:
             update += (share.read().double() - base) * (self.alpha * share.n / self.total)
-        return float((written.double() - base - update).square().sum()), float(update.square().sum())
+        error = float((written.double() - base - update).square().sum())
+        return error, float((update if beside is None else update + beside).square().sum())
 
     def _common(self) -> Tensor | None:
         """The clients' value where all that have one hold the same bits."""

@@ -73,6 +73,12 @@ class Federation:
         return {name: module for name, module in beside.items() if not self.value(name).is_untrained}
 
     @cached_property
+    def told_with_the_bias(self) -> set[str]:
+        """The modules whose lora_bias is measured as a part of the bias beside it; without the base, none is."""
+        beside = self.lora_bias_beside.items()
+        return {module for name, module in beside if self.value(name).base is not None}
+
+    @cached_property
     def bias(self) -> bool:
         return any(spec.bias for spec in self._factor_specs_of_all())
 

@@ -24,7 +24,7 @@ from lora_merge.errors import ALL_CLIENTS, Problem, RefusedError
 
 BIAS_IN_TWO_PARTS = (
     "was trained whole and by lora_bias, and no entry of either is the update's; "
-    "--robust geometric-median, krum and multi-krum weigh both as one"
+    "--method exact and svd take both as one, also with --robust geometric-median, krum and multi-krum"
 )
 TOO_LARGE = "holds numbers so large that its singular values cannot be computed"
 
@@ -74,17 +74,20 @@ def write(
 
 def _plan_one(federation: Federation, settings: Settings, name: str) -> Merge | list[Problem]:
     spec = federation.spec(name)
-    if settings.rule is not None and name in federation.lora_bias_beside:
+    beside = federation.lora_bias_beside.get(name)
+    if beside and not settings.aims_at_mean:
         return [Problem(ALL_CLIENTS, name, BIAS_IN_TWO_PARTS)]
     if isinstance(spec, FullSpec):
-        return FullMerge(name, _tensor_of(name, federation), federation.value(name), spec.shape)
+        module = federation.module(beside) if beside else None
+        return FullMerge(name, _tensor_of(name, federation), federation.value(name), spec.shape, module)
     if not isinstance(spec, FactorsSpec):
         return TokensMerge(name, federation)
     try:
         module = federation.module(name)
         if settings.rule is not None:
             return FactorsMerge(module, coordinates.plan(module, settings.rule, settings.method, settings.options))
-        return FactorsMerge(module, METHODS[settings.method].plan(module, settings.options))
+        plan, own = METHODS[settings.method].plan(module, settings.options), name not in federation.told_with_the_bias
+        return FactorsMerge(module, plan, own)
     except MethodRefused as error:
         return [_problem(error)]
     except LinAlgError:

@@ -14,6 +14,7 @@ from lora_merge.aggregation.difference import SquaredError
 from lora_merge.aggregation.methods import METHODS
 from lora_merge.aggregation.module import Module
 from lora_merge.aggregation.registry import Options, Plan
+from lora_merge.aggregation.sums import mean_bias
 from lora_merge.aggregation.whole import Value
 from lora_merge.checkpoint.federation import Federation
 from lora_merge.checkpoint.layout import (
@@ -86,10 +87,11 @@ class Merge(Protocol):
 
 @dataclass(frozen=True)
 class FactorsMerge:
-    """A low-rank module."""
+    """A low-rank module; `biases`: whether the size of its lora_bias is told here, and not with the bias beside it."""
 
     module: Module
     plan: Plan
+    biases: bool = True
 
     @property
     def shapes(self) -> Shapes:
@@ -118,17 +120,19 @@ class FactorsMerge:
         )
         error = certificate.measure(self.module, written, self.plan.form, probes=probes, seed=seed)
         gap = certificate.fedavg_gap(self.module, seed=seed) if settings.method == "exact" else None
-        return error, gap
+        bias = None if self.biases else mean_bias(self.module)
+        return (error, gap) if bias is None else (_without(error, bias), gap and _without(gap, bias))
 
 
 @dataclass(frozen=True)
 class FullMerge:
-    """A tensor that was trained whole, written as `tensor`."""
+    """A tensor that was trained whole, written as `tensor`; to a bias, the lora_bias of `beside` adds."""
 
     name: str
     tensor: str
     value: Value
     shape: tuple[int, ...]
+    beside: Module | None = None
 
     @property
     def shapes(self) -> Shapes:
@@ -137,7 +141,8 @@ class FullMerge:
     def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
         merged = _merged(self.value, settings)
         written = _write(write, self.tensor, merged, settings.dtype)
-        error = None if settings.certificate == "off" else _error(self.value, settings, merged, written)
+        beside = None if self.beside is None else mean_bias(self.beside)
+        error = None if settings.certificate == "off" else _error(self.value, settings, merged, written, beside)
         from_mean = _sum([_from_mean(self.value, settings, merged)])
         return Measured(self.name, "full tensor", None, _sum([error]), from_mean=from_mean)
 
@@ -174,9 +179,11 @@ def _merged(value: Value, settings: Settings) -> Tensor:
     return value.mean() if settings.rule is None else coordinates.value(value, settings.rule)
 
 
-def _error(value: Value, settings: Settings, merged: Tensor, written: Tensor) -> tuple[float, float] | None:
+def _error(
+    value: Value, settings: Settings, merged: Tensor, written: Tensor, beside: Tensor | None = None
+) -> tuple[float, float] | None:
     if settings.rule is None:
-        return value.squared_error(written)
+        return value.squared_error(written, beside)
     return coordinates.squared_error(value, merged, written)
 
 
@@ -189,6 +196,11 @@ def _sum(errors: Sequence[tuple[float, float] | None]) -> SquaredError | None:
     """Their sum; None where one is not known."""
     known = [error for error in errors if error is not None]
     return SquaredError(sum(e for e, _ in known), sum(n for _, n in known)) if len(known) == len(errors) else None
+
+
+def _without(error: SquaredError, bias: Tensor) -> SquaredError:
+    """The same error, relative to the module without the mean of its lora_bias."""
+    return replace(error, norm=max(0.0, error.norm - float(bias.double().square().sum())))
 
 
 def _completed(merged: Factors, spec: FactorsSpec) -> Factors:

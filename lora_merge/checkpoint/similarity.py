@@ -42,7 +42,7 @@ def _part(federation: Federation, name: str) -> Tensor | None:
 def _of(federation: Federation, name: str, clients: list[str]) -> Tensor | None:
     spec = federation.spec(name)
     if isinstance(spec, FactorsSpec):
-        own = name not in _told_with_the_bias(federation)
+        own = name not in federation.told_with_the_bias
         return inner_products.of_module(federation.module(name), clients, biases=own)
     if isinstance(spec, FullSpec):
         value, module = federation.value(name), federation.lora_bias_beside.get(name)
@@ -56,9 +56,3 @@ def _of(federation: Federation, name: str, clients: list[str]) -> Tensor | None:
             return None
         found += part
     return found
-
-
-def _told_with_the_bias(federation: Federation) -> set[str]:
-    """The modules whose lora_bias is part of what `of_bias` tells; without the base, nothing is."""
-    beside = federation.lora_bias_beside.items()
-    return {module for name, module in beside if federation.value(name).base is not None}

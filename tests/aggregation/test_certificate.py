@@ -12,7 +12,7 @@ from lora_merge import aggregate
 from lora_merge.errors import RefusedError
 from tests.adapters import KINDS, PLAIN, Kind, edited
 from tests.conftest import Federations
-from tests.dense import delta_weights, mean_deltas
+from tests.dense import base_weights, delta_weights, mean_deltas
 
 Folders = tuple[Path, ...]
 DIGITS = 6e-3  # the certificate is written with three digits
@@ -60,6 +60,29 @@ def test_it_is_the_dense_error_for_every_kind(kind: Kind, federations: Federatio
     assert said["not_measured"] == []
     whole, _ = dense_errors(kind, tmp_path / "global", made.clients)
     assert said["whole"]["relative_error"] == pytest.approx(whole, rel=DIGITS, abs=1e-7)
+
+
+@pytest.mark.parametrize("times", [-0.9, 1.0])
+def test_a_bias_that_was_trained_whole_and_by_lora_bias_is_one_bias(
+    times: float, federations: Federations, tmp_path: Path
+) -> None:
+    kind = next(kind for kind in KINDS if kind.name == "lora_bias beside trained biases")
+    made, base = federations(kind), base_weights(kind.build)
+
+    def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A large lora_bias, and the bias itself moved by `times` as much."""
+        found = {name: value * 30 if name.endswith("lora_B.bias") else value for name, value in tensors.items()}
+        for name, value in found.items():
+            if name.endswith("lora_B.bias"):
+                bias = name.removeprefix("base_model.model.").replace("lora_B.bias", "bias")
+                own = name.replace("lora_B.bias", "base_layer.bias")
+                found = {**found, own: (base[bias] + times * 2 * value).float()}
+        return found
+
+    clients = (edited(made.clients[0], tmp_path / "client-0", tensors=moved), *made.clients[1:])
+    aggregate(clients, tmp_path / "global", method="svd", rank=1, base=made.base, screening=None)
+    whole, _ = dense_errors(kind, tmp_path / "global", clients)
+    assert certificate(tmp_path / "global")["whole"]["relative_error"] == pytest.approx(whole, rel=DIGITS)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "ffa"])

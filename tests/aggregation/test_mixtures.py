@@ -131,7 +131,8 @@ def test_a_mixture_is_merged_exactly_or_refused(family: str, first: int, tmp_pat
 def dense_outcome(family: Family, seed: int, root: Path) -> str:
     """Hold what is told and made of a random federation against its clients' dense updates; raises where it differs.
 
-    The Gram matrix and the certificate of `fedavg` or `svd`, and what a robust rule makes of the clients.
+    The Gram matrix and the certificate of `fedavg` or `svd`, what a robust rule makes of the clients, and how far from
+    the mean that is, or what `ties` or `dare` makes of them.
     """
     random = Random(seed)
     made = mixture(family, random, 4, root)
@@ -169,6 +170,15 @@ def dense_outcome(family: Family, seed: int, root: Path) -> str:
     assert float((flat(root / "global") - wanted).abs().max()) < TOLERANCE * float(dense.abs().max()), said
     assert robust.from_mean is not None
     assert robust.from_mean["relative_error"] == pytest.approx(relative(wanted - mean, mean), rel=6e-3, abs=1e-4), said
+    entries: dict[str, Any] = random.choice(({"method": "ties"}, {"method": "dare"}, {"method": "dare", "density": 1}))
+    try:
+        sparse = aggregate(made.clients, root / "sparse", base=made.base, rank="lossless", screening=None, **entries)
+    except RefusedError:
+        return "right"
+    apart, told_apart = relative(flat(root / "sparse") - mean, mean), sparse.ledger.from_mean
+    assert told_apart is not None
+    assert told_apart["relative_error"] == pytest.approx(apart, rel=6e-3, abs=2e-6), (said, entries)
+    assert "density" not in entries or apart < TOLERANCE, said
     return "right"
 
 

@@ -178,6 +178,17 @@ def test_dora_is_refused_naming_whose_it_is_and_what_can(
     assert "--method exact" in caught.value.hint
 
 
+@each_method
+def test_a_bias_in_two_parts_is_refused_naming_it_and_what_can(
+    method: str, federations: Federations, tmp_path: Path
+) -> None:
+    made = federations(next(each for each in KINDS if each.name == "lora_bias beside trained biases"))
+    with pytest.raises(RefusedError, match=r"by lora_bias, .* geometric-median") as caught:
+        aggregate(made.clients, tmp_path / "global", method=method, base=made.base)
+    assert {problem.field.rpartition(".")[2] for problem in caught.value.problems} == {"bias"}
+    assert "--method exact" in caught.value.hint
+
+
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.1, float("nan"), True])
 def test_a_density_that_is_no_share_is_a_usage_error(density: float, plain: tuple[Path, ...], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--density"):
