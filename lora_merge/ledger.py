@@ -102,7 +102,8 @@ class Ledger:
         parent: the global adapter that arrivals were folded onto: ORG/NAME@COMMIT, or the sha256 of its weights.
         left_out: what was named and not merged.
         clip_norm: the largest norm that clipping let through; None without it.
-        from_mean: how far what was aimed at is from the weighted mean, relative to that; None where it is that mean.
+        from_mean: how far what was aimed at is from the weighted mean, relative to that; None where it is that mean,
+            and where `ties` or `dare` act by the weights of a rule, which reads whom it dropped no more.
         waved_through: what would have stopped the merge, had the user not allowed it.
         files: the sha256 of the adapter's own files as they were written, by name; None in an older ledger. Neither
             this file nor those made from it are among them.
@@ -136,11 +137,10 @@ class Ledger:
         updates = "the clients' updates" if self.clip_norm is None else "the clipped updates of the clients"
         if rule in ("median", "trimmed-mean"):
             return f"the {'median' if rule == 'median' else 'trimmed mean'} of {updates}, entry by entry"
-        if rule in weighing:
-            return f"the mean of {updates} by the weights of {weighing[rule]}"
+        by = f" by the weights of {weighing[rule]}" if rule in weighing else ""
         if self.method in ("ties", "dare"):
-            return f"what {self.method} makes of {updates}"
-        return f"the weighted mean of {updates}"
+            return f"what {self.method} makes of {updates}{by}"
+        return f"the mean of {updates}{by}" if by else f"the weighted mean of {updates}"
 
     def to_json(self) -> str:
         """The file's text: an entry a line, of lists an item a line; it ends in a newline."""

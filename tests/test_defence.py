@@ -119,6 +119,8 @@ def test_how_far_ties_or_dare_by_the_weights_of_a_rule_is_from_the_plain_mean_is
     """Each is held against the mean by those weights; what the rule dropped is read no more."""
     ledger = aggregate(plain, tmp_path / "global", method=method, robust=rule, certificate=certificate).ledger
     assert ledger.from_mean is None
+    assert ledger.aim.startswith(f"what {method} makes of the ")
+    assert ledger.aim.endswith({KRUM: "of Krum", MEDIAN: "of the geometric median", CLIP: "of the clients"}[rule])
 
 
 def test_without_a_rule_nothing_is_told(plain: tuple[Path, ...], tmp_path: Path) -> None:
