@@ -26,6 +26,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`, one more than there are cores: some tests wait, for what they kill or for a Hub that stalls."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 def digests(folder: Path) -> dict[str, str]:
     """The sha256 of every file of a folder, by its name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
