@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import pytest
 
+from lora_merge.aggregation.schedule import default_workers
 from tests.adapters import PLAIN, Federation, Kind, federation
 
 Federations: TypeAlias = Callable[[Kind], Federation]
@@ -28,7 +29,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`, one more than there are cores: some tests wait, for what they kill or for a Hub that stalls."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+    return default_workers() + 1
 
 
 def digests(folder: Path) -> dict[str, str]:

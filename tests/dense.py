@@ -155,6 +155,14 @@ def delta_weights(kind: Kind, folder: Path) -> dict[str, Tensor]:
     return {name: moved[name] - start[name] for name in start if not torch.equal(moved[name], start[name])}
 
 
+def distance_from_mean(kind: Kind, folders: Sequence[Path], merged: Path) -> float:
+    """How far `merged` is from the mean of the clients' updates, relative to that."""
+    mean, got = mean_deltas(kind, folders), delta_weights(kind, merged)
+    apart = sum(float((got.get(each, 0.0) - mean[each]).double().square().sum()) for each in mean)
+    size = sum(float(each.double().square().sum()) for each in mean.values())
+    return (apart / size) ** 0.5
+
+
 def mean_deltas(kind: Kind, folders: Sequence[Path]) -> dict[str, Tensor]:
     """sum p_i (W_i - W0) of every tensor that some client moves, p_i by the kind's examples."""
     deltas = [delta_weights(kind, folder) for folder in folders]

@@ -60,7 +60,7 @@ def atomic_folder(
     """
     output = Path(os.path.realpath(output))
     free = partial(check_free, output, force=force, kind=kind, option=option)
-    still_free = partial(_require_still, free, output)
+    still_free = partial(require_still, free, output)
     (still_free if looked else free)()
     with new_parents(output):
         try:
@@ -79,7 +79,8 @@ def atomic_folder(
             os.close(lock)
 
 
-def _require_still(free: Callable[[], None], output: Path) -> None:
+def require_still(free: Callable[[], None], output: Path) -> None:
+    """Call `free`, which has found nothing in the way at `output` before: what is there now was made meanwhile."""
     try:
         free()
     except UsageError as error:

@@ -141,10 +141,14 @@ class FullMerge:
     def run(self, settings: Settings, write: SafetensorsWriter) -> Measured:
         merged = _merged(self.value, settings)
         written = _write(write, self.tensor, merged, settings.dtype)
-        beside = None if self.beside is None else mean_bias(self.beside)
-        error = None if settings.certificate == "off" else _error(self.value, settings, merged, written, beside)
+        error = None if settings.certificate == "off" else self._error(settings, merged, written)
         from_mean = _sum([_from_mean(self.value, settings, merged)])
         return Measured(self.name, "full tensor", None, _sum([error]), from_mean=from_mean)
+
+    def _error(self, settings: Settings, merged: Tensor, written: Tensor) -> tuple[float, float] | None:
+        if self.beside is None:
+            return _error(self.value, settings, merged, written)
+        return self.value.squared_error(written, mean_bias(self.beside))  # no rule acts on such a bias
 
 
 @dataclass(frozen=True)
@@ -179,11 +183,9 @@ def _merged(value: Value, settings: Settings) -> Tensor:
     return value.mean() if settings.rule is None else coordinates.value(value, settings.rule)
 
 
-def _error(
-    value: Value, settings: Settings, merged: Tensor, written: Tensor, beside: Tensor | None = None
-) -> tuple[float, float] | None:
+def _error(value: Value, settings: Settings, merged: Tensor, written: Tensor) -> tuple[float, float] | None:
     if settings.rule is None:
-        return value.squared_error(written, beside)
+        return value.squared_error(written)
     return coordinates.squared_error(value, merged, written)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,12 +162,9 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def _write(path: Path, record: dict[str, Any], force: bool) -> None:
-    from lora_merge.checkpoint.folder import made_meanwhile, write_file
+    from lora_merge.checkpoint.folder import require_still, write_file
 
-    try:
-        _require_free(path, force)
-    except UsageError as error:  # it was free when we began
-        raise made_meanwhile(path) from error
+    require_still(partial(_require_free, path, force), path)
     write_file(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n")
 
 
